@@ -1,0 +1,22 @@
+"""Tensors in, tensors out: boxes, padded targets, perceptrons, position codes, attention. Plain PyTorch."""
+
+from dn_detr.layers.assignment import Assignment
+from dn_detr.layers.attention import ConditionalCrossAttention, ConditionalSelfAttention
+from dn_detr.layers.boxes import generalized_box_iou, inverse_sigmoid
+from dn_detr.layers.mlp import MLP, FeedForward
+from dn_detr.layers.position import SinePositionEncoding, encode_anchors, sine_encode
+from dn_detr.layers.targets import Targets
+
+__all__ = [
+    "Assignment",
+    "ConditionalCrossAttention",
+    "ConditionalSelfAttention",
+    "FeedForward",
+    "MLP",
+    "SinePositionEncoding",
+    "Targets",
+    "encode_anchors",
+    "generalized_box_iou",
+    "inverse_sigmoid",
+    "sine_encode",
+]

@@ -1,0 +1,83 @@
+"""ResNets as DETR and its descendants use them, built of detectron2's blocks."""
+
+from collections.abc import Sequence
+
+from dn_detr.requirements import require_detectron2
+
+require_detectron2()
+
+from detectron2.modeling.backbone import BasicStem, ResNet  # noqa: E402
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock  # noqa: E402
+
+DEPTHS = (50, 101)
+
+
+def build_resnet(
+    depth: int = 50,
+    dc5: bool = False,
+    freeze_at: int = 2,
+    out_features: Sequence[str] = ("res5",),
+    norm: str = "FrozenBN",
+) -> ResNet:
+    """ResNet with the stride in its 3x3 convolutions and frozen batch norms, for RGB weights of torchvision.
+
+    Args:
+        depth: 50 or 101.
+        dc5: last stage dilated instead of strided, stride 16 in all. Its blocks have dilations 1, 2, 2, as torchvision's
+            replacement of strides by dilation gives; detectron2's RES5_DILATION=2 gives 2, 2, 2, which does not fit
+            published weights. Nothing in a checkpoint tells C5 from DC5.
+        freeze_at: number of stages without training, counted from the stem: 2 freezes stem and res2, as published.
+        out_features: stages to return, "res2" .. "res5".
+        norm: normalisation layer, in detectron2's words.
+
+    Raises:
+        ValueError: another depth.
+    """
+    if depth not in DEPTHS:
+        raise ValueError(f"backbone.depth must be one of {DEPTHS}, got {depth}")
+    stages = ResNet.make_default_stages(depth, norm=norm, stride_in_1x1=False)
+    if dc5:
+        stages[-1] = ResNet.make_stage(
+            BottleneckBlock,
+            num_blocks=3,
+            stride_per_block=[1, 1, 1],
+            dilation_per_block=[1, 2, 2],
+            in_channels=1024,
+            bottleneck_channels=512,
+            out_channels=2048,
+            norm=norm,
+            stride_in_1x1=False,
+        )
+    stem = BasicStem(in_channels=3, out_channels=64, norm=norm)
+    return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
+
+
+def build_small_resnet(
+    channels: Sequence[int] = (32, 64, 128),
+    blocks: Sequence[int] = (1, 2, 1),
+    out_features: Sequence[str] = ("res3", "res4"),
+    norm: str = "BN",
+) -> ResNet:
+    """Narrow ResNet for small images and training from scratch: strides 4, 8, 16, ... with two-convolution blocks.
+
+    Args:
+        channels: channels of res2, res3, ...
+        blocks: number of blocks in each.
+        out_features: stages to return.
+        norm: normalisation layer, in detectron2's words; nothing is frozen.
+    """
+    stages, in_channels = [], channels[0]
+    for index, (out_channels, num_blocks) in enumerate(zip(channels, blocks)):
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks,
+                stride_per_block=[1 if index == 0 else 2] + [1] * (num_blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                norm=norm,
+            )
+        )
+        in_channels = out_channels
+    stem = BasicStem(in_channels=3, out_channels=channels[0], norm=norm)
+    return ResNet(stem, stages, out_features=list(out_features))

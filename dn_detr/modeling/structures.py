@@ -1,0 +1,63 @@
+"""What travels between the parts of a detector, with its shapes.
+
+Shape letters: B images, S tokens, Q queries, L decoder layers, D channels, C classes.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of feature maps as one flat sequence.
+
+    Attributes:
+        features: [B, S, D].
+        position: [B, S, D] position codes.
+        padding_mask: [B, S] bool, True on padding; None where no image is padded, so that attention needs no mask.
+        shapes: (height, width) of every level; their products add up to S.
+    """
+
+    features: Tensor
+    position: Tensor
+    padding_mask: Tensor | None
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """[B, 1, 1, S] bool for `scaled_dot_product_attention`, True on image; None without padding."""
+        return None if self.padding_mask is None else ~self.padding_mask[:, None, None]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What the decoder starts from; denoising slots, if any, come first.
+
+    Attributes:
+        content: [B, Q, D].
+        anchors: [B, Q, 4] cxcywh in 0..1 of the unpadded image.
+        attention_mask: bool, [Q, Q] or [B, Q, Q], True where a query (row) must not see a key; None: all see all.
+    """
+
+    content: Tensor
+    anchors: Tensor
+    attention_mask: Tensor | None = None
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """The mask for `scaled_dot_product_attention`: True where a query may see a key, [.., 1, Q, Q]."""
+        return None if self.attention_mask is None else ~self.attention_mask.unsqueeze(-3)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Outputs of all decoder layers, the last layer last.
+
+    Attributes:
+        logits: [L, B, Q, C], before the sigmoid.
+        boxes: [L, B, Q, 4] cxcywh in 0..1 of the unpadded image.
+    """
+
+    logits: Tensor
+    boxes: Tensor
