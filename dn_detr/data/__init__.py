@@ -1,5 +1,5 @@
-"""Data: registration and checks of COCO-format sets, the mapper, augmentation, the built-in shapes set.
+"""COCO-format sets: checks, registration, mapper and augmentation; the built-in shapes set.
 
-``categories``, ``check`` and ``shapes`` are plain Python and numpy; ``augmentation``, ``datasets`` and
-``mapper`` need detectron2.
+``categories``, ``check`` and ``shapes`` are plain Python and numpy; ``augmentation``, ``datasets``
+and ``mapper`` need detectron2.
 """

@@ -49,6 +49,6 @@ class RandomChoice(T.Augmentation):
     def __call__(self, aug_input: T.AugInput) -> T.Transform:
         """Changes ``aug_input`` in place and returns the transform used.
 
-        It is not ``get_transform``, since a list of augmentations needs the image between its steps.
+        It is not ``get_transform``, since a list of augmentations needs the image between steps.
         """
         return self.choices[np.random.randint(len(self.choices))](aug_input)

@@ -1,4 +1,4 @@
-"""Reading the plain facts of a COCO-format annotation file: its categories and its number of images."""
+"""The plain facts of a COCO-format annotation file: its categories and number of images."""
 
 import functools
 import json
@@ -28,11 +28,13 @@ def read_json(path: str) -> dict[str, Any]:
         with open(resolved, encoding="utf-8") as f:
             content = json.load(f)
     except FileNotFoundError as error:
-        raise DatasetError(f"There is no annotation file {resolved}{_where_to_set(path)}") from error
+        raise DatasetError(
+            f"There is no annotation file {resolved}{_where_to_set(path)}"
+        ) from error
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{resolved} is not valid JSON (character {error.pos} of {len(error.doc)}: {error.msg}); "
-            "was it cut off while it was copied?"
+            f"{resolved} is not valid JSON (character {error.pos} of {len(error.doc)}: "
+            f"{error.msg}); was it cut off while it was copied?"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{resolved} cannot be read as text: {error}") from error
@@ -116,7 +118,8 @@ def sorted_categories(content: dict[str, Any], path: str) -> list[dict[str, Any]
         well_formed = isinstance(entry, dict) and isinstance(entry.get("name"), str)
         if not well_formed or type(entry.get("id")) is not int or entry["id"] < 0:
             raise DatasetError(
-                f"{path}: the category {entry!r} needs an integer 'id' of 0 or more and a string 'name'"
+                f"{path}: the category {entry!r} needs an integer 'id' of 0 or more "
+                "and a string 'name'"
             )
     ids = [entry["id"] for entry in entries]
     repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})
@@ -132,9 +135,9 @@ def class_mapping(
 ) -> tuple[list[str], dict[int, int]]:
     """Which class index the model uses for each category.
 
-    With as many classes as categories (or None), categories are numbered in the order of their ids.
-    With ``1 + highest id`` classes, the class is the id itself, and gaps are classes without objects:
-    so the published checkpoints count COCO (91 classes for 80 categories).
+    With as many classes as categories (or None), categories are numbered in the order of their
+    ids. With ``1 + highest id`` classes, the class is the id itself, and gaps are classes without
+    objects: so the published checkpoints count COCO (91 classes for 80 categories).
 
     Args:
         categories: ``{"id", "name"}`` of each category, sorted by id.

@@ -1,10 +1,10 @@
 """One pass over a COCO-format annotation file before it is used.
 
-What cannot be used is an error; all errors of a file are collected and reported at once, each with the
-first ids and the total. What can be mended is mended by these rules and counted:
+What cannot be used is an error; all errors of a file are collected and reported at once, each with
+the first ids and the total. What can be mended is mended by these rules and counted:
 
-- A box is clipped to its image. It is dropped where nothing of it is left: width or height of zero or
-  less, before or after clipping.
+- A box is clipped to its image. It is dropped where nothing of it is left: width or height of zero
+  or less, before or after clipping.
 - ``iscrowd`` is 0 and ``area`` is the area of the clipped box where they are missing.
 
 Images are looked up in the listings of their folders, and not opened.
@@ -35,8 +35,8 @@ class DatasetReport:
     Attributes:
         categories: ``{"id", "name"}``, sorted by id.
         images: entries of the ``images`` section, sorted by id.
-        annotations: ``id``, ``image_id``, ``category_id``, ``bbox`` (xywh, floats, inside the image),
-            ``area`` and ``iscrowd`` of each annotation that was kept, in the file's order.
+        annotations: ``id``, ``image_id``, ``category_id``, ``bbox`` (xywh, floats, inside the
+            image), ``area`` and ``iscrowd`` of each annotation kept, in the file's order.
         clipped: number of boxes clipped to their image.
         dropped: number of annotations dropped, since nothing of their box is left.
         filled: number of annotations that lacked ``iscrowd`` or ``area``.

@@ -1,7 +1,7 @@
 """COCO-format data sets in detectron2's terms.
 
-The annotation file is read by ``dn_detr.data.check`` and not by detectron2's ``load_coco_json``: it is
-parsed once for the check and the data, and what the check mended is what the model is trained on.
+The annotation file is read by ``dn_detr.data.check`` and not by detectron2's ``load_coco_json``:
+it is parsed once for the check and the data, and what the check mended is what a model trains on.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def detection_dicts(json: str, images: str, num_classes: int | None = None) -> l
         ``bbox_mode``, ``category_id`` (the class index), ``iscrowd``).
 
     Raises:
-        DatasetError: the set cannot be used (see ``check_coco``), or ``num_classes`` does not fit it.
+        DatasetError: the set cannot be used (see ``check_coco``), or ``num_classes`` does not fit.
     """
     report = check_coco(json, images)
     _, class_of = class_mapping(report.categories, num_classes, source=json)
@@ -85,8 +85,8 @@ def register_coco(json: str, images: str, num_classes: int | None = None) -> str
     """
     names, class_of = class_mapping(read_categories(json), num_classes, source=json)
     if len(names) > len(class_of):
-        # COCOEvaluator wants every class to have a category id. Ids of gaps are not in the file, and
-        # pycocotools passes over predictions of them.
+        # COCOEvaluator wants every class to have a category id. Ids of gaps are not in the file,
+        # and pycocotools passes over predictions of them.
         class_of = {i: i for i in range(len(names))}
     json, images = (os.path.abspath(os.path.expanduser(path)) for path in (json, images))
     key = hashlib.sha256(f"{json}\n{images}\n{num_classes}".encode()).hexdigest()[:8]

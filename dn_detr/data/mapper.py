@@ -23,8 +23,8 @@ class DetrDatasetMapper:
 
     1. The image is read (its EXIF orientation applied) and must have the size that the file says.
     2. The augmentations are applied to image and boxes.
-    3. For training: crowd boxes are removed, boxes are clipped to the augmented image and removed where
-       nothing is left of them. An image may end with no box at all, and is kept.
+    3. For training: crowd boxes are removed, boxes are clipped to the augmented image and removed
+       where nothing is left of them. An image may end with no box at all, and is kept.
 
     Args:
         is_train: whether to give ``instances``; without, annotations are left out.
@@ -49,9 +49,9 @@ class DetrDatasetMapper:
             dataset_dict: an entry of ``detection_dicts``; not changed.
 
         Returns:
-            ``file_name``, ``height``, ``width`` (of the file's image), ``image_id``, ``image`` (uint8
-            [C, H', W'], augmented) and for training ``instances`` with ``gt_boxes`` (xyxy, pixels of
-            the augmented image) and ``gt_classes``.
+            ``file_name``, ``height``, ``width`` (of the file's image), ``image_id``, ``image``
+            (uint8 [C, H', W'], augmented) and for training ``instances`` with ``gt_boxes`` (xyxy,
+            pixels of the augmented image) and ``gt_classes``.
 
         Raises:
             DatasetError: the image cannot be read, or has another size than the annotations say.

@@ -16,7 +16,7 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -72,7 +72,7 @@ def generate_shapes(
     """
     spec = _spec(size, num_train, num_val, classes, objects, shape_size, seed)
     root = os.path.expanduser(root)
-    target = os.path.abspath(root)
+    target = os.path.realpath(root)
     if _is_complete(target, spec):
         return root
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -81,14 +81,22 @@ def generate_shapes(
         if _is_complete(target, spec):  # another process made it while this one waited
             return root
         _refuse_foreign_folder(target)
-        shutil.rmtree(partial, ignore_errors=True)
+        replaced = partial + ".old"
+        leftovers = partial, replaced  # of this call, and of one that was killed
+        _remove(leftovers)
         try:
             _write_set(partial, spec, workers or _usable_cores())
-            shutil.rmtree(target, ignore_errors=True)
+            if os.path.exists(target):
+                os.rename(target, replaced)
             os.rename(partial, target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(leftovers)
     return root
+
+
+def _remove(folders: Iterable[str]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _usable_cores() -> int:

@@ -4,8 +4,8 @@ from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
-    transforms as T,
 )
+from detectron2.data import transforms as T
 from omegaconf import OmegaConf
 
 from dn_detr.data.augmentation import RandomChoice
@@ -33,7 +33,7 @@ _resize = L(T.ResizeShortestEdge)(
 )
 _crop = [
     L(T.ResizeShortestEdge)(short_edge_length=[400, 500, 600], sample_style="choice"),
-    # Height and width each uniform in [min(384, side), min(600, side)], as in DETR's RandomSizeCrop.
+    # Height and width each uniform in [384, min(600, side)], as in DETR's RandomSizeCrop.
     L(T.RandomCrop)(crop_type="absolute_range", crop_size=[384, 600]),
 ]
 
@@ -48,12 +48,7 @@ dataloader.train = L(build_detection_train_loader)(
         is_train=True,
         augmentations=[
             L(T.RandomFlip)(prob=0.5, horizontal=True),
-            L(RandomChoice)(
-                choices=[
-                    _resize,
-                    L(T.AugmentationList)(augs=[*_crop, _resize]),
-                ]
-            ),
+            L(RandomChoice)(choices=[_resize, L(T.AugmentationList)(augs=[*_crop, _resize])]),
         ],
         image_format="RGB",
     ),
