@@ -1,0 +1,279 @@
+"""Loading a LazyConfig, and filling what it leaves to the data and the machine."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import math
+import os
+import traceback
+from typing import Any
+
+import torch
+
+from dn_detr.requirements import require_detectron2
+
+require_detectron2()
+
+from detectron2.config import LazyConfig, instantiate  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from dn_detr.data.datasets import class_mapping, count_images, read_categories  # noqa: E402
+from dn_detr.engine.distributed import on_main_process  # noqa: E402
+from dn_detr.engine.overrides import ConfigError, apply_overrides  # noqa: E402
+
+__all__ = ["ConfigError", "load_config", "refuse_invalid_values", "resolve_config"]
+
+SECTIONS = ("model", "dataset", "dataloader", "optimizer", "lr_multiplier", "train")
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> DictConfig:
+    """Loads a config file and applies `key=value` overrides.
+
+    Args:
+        path: a LazyConfig: a .py file, or a saved .yaml. It is a program: load only what you would
+            run.
+        overrides: see `dn_detr.engine.overrides.apply_overrides`.
+
+    Returns:
+        the config, with nothing resolved yet.
+
+    Raises:
+        ConfigError: no such file, a file that is no config, or an override that cannot be used.
+    """
+    if not path:
+        raise ConfigError("no config given: --config-file projects/dn_detr/configs/NAME.py")
+    if os.path.splitext(path)[1] not in (".py", ".yaml", ".yml"):
+        raise ConfigError(f"config file {path}: expected a .py or .yaml file.")
+    if not os.path.isfile(path):
+        raise ConfigError(f"config file {path} does not exist.")
+    cfg = _load_file(path)
+    missing = [name for name in SECTIONS if name not in cfg]
+    if missing:
+        raise ConfigError(f"config file {path} does not define {', '.join(missing)}.")
+    apply_overrides(cfg, list(overrides or []))
+    return cfg
+
+
+def _load_file(path: str) -> DictConfig:
+    # LazyConfig replaces the import function while a config runs, and leaves it so on an error.
+    original_import = builtins.__import__
+    try:
+        return LazyConfig.load(path)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        raise ConfigError(f"{_place(path, cause)}: {type(cause).__name__}: {cause}") from error
+    finally:
+        builtins.__import__ = original_import
+
+
+def _place(path: str, error: BaseException) -> str:
+    """file:line of what failed: in the config, or in a config that it imports."""
+    if isinstance(error, SyntaxError):
+        return f"config file {path}:{error.lineno}"
+    folder = os.path.dirname(os.path.abspath(path))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        near = os.path.dirname(os.path.abspath(frame.filename)) == folder
+        if near or f"{os.sep}configs{os.sep}" in frame.filename:
+            return f"config file {frame.filename}:{frame.lineno}"
+    return f"config file {path}"
+
+
+def resolve_config(cfg: DictConfig, num_processes: int = 1, eval_only: bool = False) -> None:
+    """Fills, in place, what a config leaves to the data and the machine.
+
+    That is: the data of `dataset.generate` (made by the main process if it is not there),
+    `model.num_classes`, `train.device`, `train.max_iter`, the periods left null (one epoch), and
+    `optimizer.lr` where `train.scale_lr` asks for it. Done before the config is saved, so that the
+    saved one says what was run; a resolved config is left as it is.
+
+    Args:
+        cfg: of `load_config`.
+        num_processes: that train together; all of them call this.
+        eval_only: only `dataset.val` is used: its categories count, and no training is planned.
+
+    Raises:
+        ConfigError: values that cannot be used, all of them in one message.
+    """
+    refuse_invalid_values(cfg, num_processes)
+    if cfg.train.device is None:
+        cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_main_process(_generate_data, cfg)
+    classes, images = on_main_process(_read_data, cfg, eval_only)
+    cfg.model.num_classes = classes
+    if not eval_only:
+        _plan_training(cfg, images)
+
+
+def total_batch_size(cfg: DictConfig) -> int:
+    """Images a step of the optimizer sees, over all processes and accumulated batches."""
+    return cfg.dataloader.train.total_batch_size * cfg.train.accumulate
+
+
+def training_categories(cfg: DictConfig, eval_only: bool = False) -> list[dict[str, Any]]:
+    """The categories `{"id", "name"}` that the classes of the model stand for, ordered by id."""
+    return read_categories(cfg.dataset.val.json if eval_only else cfg.dataset.train.json)
+
+
+def _generate_data(cfg: DictConfig) -> None:
+    generate = cfg.dataset.get("generate")
+    if generate is None:
+        return
+    root = os.path.join(os.path.abspath(generate.root), "")
+    if any(os.path.abspath(cfg.dataset[s].json).startswith(root) for s in ("train", "val")):
+        instantiate(generate)
+
+
+def _read_data(cfg: DictConfig, eval_only: bool) -> tuple[int, int]:
+    """Returns the number of classes and of training images (0 with eval_only).
+
+    Raises:
+        ConfigError: train and val do not name the same categories.
+    """
+    categories = training_categories(cfg, eval_only)
+    source = cfg.dataset.val.json if eval_only else cfg.dataset.train.json
+    names, _ = class_mapping(categories, cfg.model.num_classes, source)
+    if eval_only:
+        return len(names), 0
+    others = read_categories(cfg.dataset.val.json)
+    if others != categories:
+        raise ConfigError(
+            f"train and val have different categories.\n"
+            f"  only in {cfg.dataset.train.json}: {_only(categories, others)}\n"
+            f"  only in {cfg.dataset.val.json}: {_only(others, categories)}\n"
+            f"Both files need the same `categories`, id and name."
+        )
+    images = count_images(cfg.dataset.train.json)
+    if not images:
+        raise ConfigError(f"{cfg.dataset.train.json} holds no images.")
+    return len(names), images
+
+
+def _only(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['id']} {c['name']!r}" for c in first if c not in second) or "none"
+
+
+def _plan_training(cfg: DictConfig, images: int) -> None:
+    train, batch = cfg.train, total_batch_size(cfg)
+    epoch = max(1, round(images / batch))
+    if train.max_iter is None:
+        train.max_iter = math.ceil(train.epochs * images / batch)
+    if train.eval_period is None:
+        train.eval_period = epoch
+    if train.checkpointer.period is None:
+        train.checkpointer.period = epoch
+    logger.info(
+        "%d images, %d in a step: %d iterations are %.4g epochs.",
+        *(images, batch, train.max_iter, train.max_iter * batch / images),
+    )
+    if batch != train.reference_batch_size:
+        _adapt_learning_rate(cfg, batch)
+
+
+def _adapt_learning_rate(cfg: DictConfig, batch: int) -> None:
+    reference, lr = cfg.train.reference_batch_size, cfg.optimizer.lr
+    scaled = lr * batch / reference
+    if not cfg.train.scale_lr:
+        logger.info(
+            "optimizer.lr=%g is meant for %d images in a step, here there are %d; it is left as it "
+            "is (train.scale_lr=True would make it %g).",
+            *(lr, reference, batch, scaled),
+        )
+        return
+    logger.info("optimizer.lr: %g for %d images, so %g for %d.", lr, reference, scaled, batch)
+    cfg.optimizer.lr = scaled
+    # The saved config holds the scaled rate: say what it is for, or it would be scaled again.
+    cfg.train.reference_batch_size = batch
+
+
+def refuse_invalid_values(cfg: DictConfig, num_processes: int = 1) -> None:
+    """Checks the values that need no data.
+
+    Raises:
+        ConfigError: lists every value that cannot be used.
+    """
+    problems = _unreadable(cfg) or _bad_numbers(cfg) + _bad_machine(cfg, num_processes)
+    if problems:
+        raise ConfigError("\n  ".join(["the config cannot be used:", *problems]))
+
+
+def _unreadable(cfg: DictConfig) -> list[str]:
+    problems = []
+    for key in ("dataset.train.json", "dataset.val.json", "train.output_dir", "optimizer.lr"):
+        try:
+            if OmegaConf.select(cfg, key, throw_on_missing=True) is None:
+                problems.append(f"{key} is not given")
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}: {str(error).splitlines()[0]}")
+    return problems
+
+
+def _bad_numbers(cfg: DictConfig) -> list[str]:
+    """Checks numbers against their ranges; null stands for what is computed."""
+    train = cfg.train
+    at_least_one = {
+        "train.max_iter": train.max_iter,
+        "train.accumulate": train.accumulate,
+        "train.log_period": train.log_period,
+        "train.reference_batch_size": train.reference_batch_size,
+        "train.checkpointer.period": train.checkpointer.period,
+        "train.checkpointer.max_to_keep": train.checkpointer.max_to_keep,
+        "dataloader.train.total_batch_size": cfg.dataloader.train.total_batch_size,
+    }
+    problems = [
+        f"{key}={value}: expected an integer of at least 1"
+        for key, value in at_least_one.items()
+        if value is not None and not (_is_number(value, int) and value >= 1)
+    ]
+    if train.eval_period is not None and not (
+        _is_number(train.eval_period, int) and train.eval_period >= 0
+    ):
+        problems.append(f"train.eval_period={train.eval_period}: expected 0 (at the end) or more")
+    if train.max_iter is None and not (_is_number(train.epochs, float) and train.epochs > 0):
+        problems.append(f"train.epochs={train.epochs}: expected a number above 0")
+    if not (_is_number(cfg.optimizer.lr, float) and 0 <= cfg.optimizer.lr < math.inf):
+        problems.append(f"optimizer.lr={cfg.optimizer.lr}: expected a finite number of at least 0")
+    if train.clip_grad.enabled and not train.clip_grad.params.max_norm > 0:
+        problems.append(
+            f"train.clip_grad.params.max_norm={train.clip_grad.params.max_norm}: expected a number "
+            f"above 0 (train.clip_grad.enabled=False switches clipping off)"
+        )
+    if not (_is_number(train.ema.decay, float) and 0 <= train.ema.decay < 1):
+        problems.append(f"train.ema.decay={train.ema.decay}: expected 0 <= decay < 1")
+    if not _is_number(train.seed, int):
+        problems.append(f"train.seed={train.seed}: expected an integer (negative: a random one)")
+    return problems
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _bad_machine(cfg: DictConfig, num_processes: int) -> list[str]:
+    """Checks what depends on the machine: device, number format, processes."""
+    problems = []
+    batch = cfg.dataloader.train.total_batch_size
+    if isinstance(batch, int) and batch >= 1 and batch % num_processes:
+        below = batch // num_processes * num_processes
+        near = " or ".join(str(n) for n in (below, below + num_processes) if n > 0)
+        problems.append(
+            f"dataloader.train.total_batch_size={batch} cannot be shared by {num_processes} "
+            f"processes: take {near}"
+        )
+    device = cfg.train.device
+    on_gpu = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        problems.append(f"train.device={device}: expected cuda, cpu or null (the GPU if there is)")
+    if on_gpu and not torch.cuda.is_available():
+        problems.append(f"train.device={device}, but torch finds no GPU: train.device=cpu")
+    if cfg.train.amp.dtype not in ("bfloat16", "float16"):
+        problems.append(f"train.amp.dtype={cfg.train.amp.dtype}: expected bfloat16 or float16")
+    elif cfg.train.amp.enabled and cfg.train.amp.dtype == "float16" and not on_gpu:
+        problems.append("train.amp.dtype=float16 needs a GPU: train.amp.dtype=bfloat16")
+    return problems

@@ -1,0 +1,124 @@
+"""The files a training starts from and writes: checked before anything expensive happens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from urllib.parse import urlparse
+
+from omegaconf import DictConfig
+
+from dn_detr.requirements import require_detectron2
+
+require_detectron2()
+
+from detectron2.utils.file_io import PathManager  # noqa: E402
+from iopath.common.file_io import get_cache_dir  # noqa: E402
+
+from dn_detr.engine.overrides import ConfigError  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+# What a training (and its evaluation) leaves in train.output_dir.
+CHECKPOINTS = ("model_*.pth", "last_checkpoint")
+RECORDS = (
+    "metrics.json",
+    "events.out.tfevents.*",
+    "log.txt*",
+    "config.yaml",
+    "coco_instances_results.json",
+    "instances_predictions.pth",
+)
+
+
+def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = False) -> None:
+    """Makes `train.output_dir`; refuses, or clears, one that holds another training.
+
+    Args:
+        cfg: `train.overwrite` allows to remove what an earlier training left there.
+        resume: go on with the training in the folder.
+        eval_only: checkpoints in the folder stay as they are.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds checkpoints and nothing says what to do.
+    """
+    folder = Path(cfg.train.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").touch()
+        (folder / ".write_test").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.output_dir={folder} cannot be written: {error.strerror}. "
+            f"Choose another: train.output_dir=FOLDER"
+        ) from error
+    if resume or eval_only:
+        return
+    found = _matching(folder, CHECKPOINTS)
+    if found and not cfg.train.overwrite:
+        raise ConfigError(
+            f"train.output_dir={folder} already holds checkpoints ({found[0].name}, "
+            f"{len(found)} files). --resume goes on with that training, train.overwrite=True "
+            f"starts afresh and removes it, train.output_dir=FOLDER leaves it alone."
+        )
+    if cfg.train.overwrite:
+        _clear(folder, cfg.train.init_checkpoint)
+
+
+def require_checkpoint(cfg: DictConfig) -> None:
+    """Refuses to evaluate weights that nobody named.
+
+    Raises:
+        ConfigError: `train.init_checkpoint` is empty, or the ImageNet backbone of the config.
+    """
+    path = cfg.train.init_checkpoint
+    if path and "ImageNetPretrained" not in path:
+        return
+    last = Path(cfg.train.output_dir) / "model_final.pth"
+    example = last if last.is_file() else "FILE"
+    what = f"{path} holds a backbone only" if path else "no checkpoint is given"
+    raise ConfigError(
+        f"--eval-only evaluates a trained model, and {what}: train.init_checkpoint={example}"
+    )
+
+
+def fetch_weights(path: str) -> str:
+    """Returns a local file for a path or an address; downloads go to iopath's cache.
+
+    Raises:
+        ConfigError: an address that cannot be fetched; the message says where the file belongs.
+    """
+    if "://" not in path:
+        return path
+    try:
+        return PathManager.get_local_path(path)
+    except Exception as error:  # urllib, ssl, iopath and the handlers raise what they like
+        reason = str(error).strip().splitlines()
+        raise ConfigError(_cannot_fetch(path, reason[0] if reason else repr(error))) from error
+
+
+def _cannot_fetch(path: str, reason: str) -> str:
+    url = path.replace("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
+    cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+    return (
+        f"cannot fetch the weights {os.path.basename(path)} from {url} ({reason}).\n"
+        f"Download that file elsewhere and put it at {cached}, or name it: "
+        f"train.init_checkpoint=FILE. To train from scratch: train.init_checkpoint=\"''\""
+    )
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
+
+
+def _clear(folder: Path, init_checkpoint: str) -> None:
+    """Removes what a training wrote, and nothing else."""
+    files = _matching(folder, CHECKPOINTS + RECORDS)
+    if any(file.resolve() == Path(init_checkpoint).resolve() for file in files):
+        raise ConfigError(
+            f"train.init_checkpoint={init_checkpoint} lies in train.output_dir, and "
+            f"train.overwrite=True would remove it. Choose another train.output_dir."
+        )
+    for file in files:
+        file.unlink()

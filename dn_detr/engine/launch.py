@@ -1,0 +1,119 @@
+"""The command line: processes, and errors as one message."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from dn_detr.requirements import require_detectron2
+
+require_detectron2()
+
+from detectron2.engine import default_argument_parser  # noqa: E402
+from detectron2.engine import launch as launch_processes  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+
+from dn_detr.data.categories import DatasetError  # noqa: E402
+from dn_detr.engine.config import load_config, refuse_invalid_values  # noqa: E402
+from dn_detr.engine.distributed import SharedError  # noqa: E402
+from dn_detr.engine.main import main  # noqa: E402
+from dn_detr.engine.overrides import ConfigError  # noqa: E402
+
+# All processes raise these alike, so one of them reports.
+SYMMETRIC_ERRORS = (ConfigError, DatasetError, SharedError, FloatingPointError)
+
+
+def run(argv: list[str] | None = None, epilog: str | None = None) -> None:
+    """Parses detectron2's command line and trains or evaluates with it.
+
+    What a user can mend ends with `error: ...` on stderr and exit status 1.
+
+    Args:
+        argv: without the program's name; None: `sys.argv`.
+        epilog: examples below the help text.
+    """
+    parser = default_argument_parser(epilog)
+    # The port detectron2 derives from the user's id makes two trainings on a machine collide.
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args(argv)
+    try:
+        _prepare(args)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    # Its warning that the other processes are ended would stand below the message that says why.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    try:
+        launch_processes(
+            guarded_main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:  # the process has said why
+        sys.exit(error.exit_code)
+
+
+def guarded_main(args: argparse.Namespace) -> None:
+    """`main`, in one process, with a user's errors as one message."""
+    try:
+        main(args)
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        if comm.get_rank() == 0:
+            sys.exit(f"error: {error}")
+        if not isinstance(error, SYMMETRIC_ERRORS):
+            sys.exit(f"error (process {comm.get_rank()}): {error}")
+        # The first process to end takes the others with it: leave that to the one that reports.
+        time.sleep(10)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether dn_detr itself raised the error, with a message for the user."""
+    if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return False
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return last.f_globals.get("__name__", "").split(".")[0] == "dn_detr"
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Checks the command line before processes are started, and picks their devices.
+
+    Raises:
+        ConfigError: the number of processes or machines does not fit.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "this script starts its own processes: run it with python and --num-gpus N, not torchrun."
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ConfigError(
+            f"--machine-rank {args.machine_rank} is not in 0..{args.num_machines - 1} "
+            f"(--num-machines {args.num_machines})."
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ConfigError(
+            "several machines need an address of the first: --dist-url tcp://HOST:PORT"
+        )
+    if args.num_gpus * args.num_machines <= 1:
+        return
+    cfg = load_config(args.config_file, args.opts)
+    refuse_invalid_values(cfg, args.num_gpus * args.num_machines)
+    if str(cfg.train.device) == "cpu":
+        # detectron2 takes NCCL wherever it sees a GPU, and NCCL cannot send what lies on the CPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus}, but torch finds {torch.cuda.device_count()} GPUs. "
+            f"Processes on the CPU: train.device=cpu"
+        )

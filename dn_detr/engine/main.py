@@ -1,0 +1,236 @@
+"""Training and evaluation as `tools/train_net.py` runs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any, Iterable
+
+import torch
+from torch import nn
+
+from dn_detr.requirements import require_detectron2
+
+require_detectron2()
+
+from detectron2.config import instantiate  # noqa: E402
+from detectron2.engine import HookBase, default_setup, default_writers, hooks  # noqa: E402
+from detectron2.evaluation import inference_on_dataset, print_csv_format  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+from detectron2.utils.logger import setup_logger  # noqa: E402
+from omegaconf import DictConfig, ListConfig  # noqa: E402
+
+from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata  # noqa: E402
+from dn_detr.data.check import check_coco  # noqa: E402
+from dn_detr.engine.config import load_config, resolve_config, training_categories  # noqa: E402
+from dn_detr.engine.distributed import on_main_process, unwrap, wrap_ddp  # noqa: E402
+from dn_detr.engine.ema import EMAHook, WeightAverage  # noqa: E402
+from dn_detr.engine.files import (  # noqa: E402
+    fetch_weights,
+    prepare_output_dir,
+    require_checkpoint,
+)
+from dn_detr.engine.hooks import BestCheckpointer  # noqa: E402
+from dn_detr.engine.trainer import Trainer  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+
+
+def main(args: argparse.Namespace) -> Results:
+    """Trains, or evaluates with `args.eval_only`, in this process.
+
+    Args:
+        args: of detectron2's `default_argument_parser`: config_file, opts, resume, eval_only.
+
+    Returns:
+        the results of the (final) evaluation, see `do_test`.
+
+    Raises:
+        ConfigError: what the user asked for cannot be done.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    if args.eval_only:
+        require_checkpoint(cfg)
+    on_main_process(prepare_output_dir, cfg, resume=args.resume, eval_only=args.eval_only)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="dn_detr")
+    resolve_config(cfg, comm.get_world_size(), args.eval_only)
+    default_setup(cfg, args)
+    if args.eval_only:
+        return evaluate_checkpoint(cfg)
+    return do_train(cfg, resume=args.resume)
+
+
+def do_train(cfg: DictConfig, resume: bool = False) -> Results:
+    """Trains by a resolved config, and evaluates along the way and at the end.
+
+    Args:
+        cfg: after `resolve_config`; saved as config.yaml in `train.output_dir`.
+        resume: go on from the last checkpoint in `train.output_dir`, if there is one.
+
+    Returns:
+        the results of the final evaluation, see `do_test`.
+    """
+    train_loader = instantiate(cfg.dataloader.train)  # checks the training data as it reads them
+    on_main_process(_check_validation_data, cfg)
+    model = _build_model(cfg)
+    logger.info("Model:\n%s", model)
+    trainer = _build_trainer(cfg, model, train_loader)
+    average = WeightAverage(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
+    checkpointer = _build_checkpointer(cfg, trainer, average)
+    start = _load_start(cfg, checkpointer, trainer, resume)
+    results: Results = {}
+    trainer.register_hooks(_build_hooks(cfg, trainer, checkpointer, average, results))
+    trainer.train(start, cfg.train.max_iter)
+    return results
+
+
+def do_test(cfg: DictConfig, model: nn.Module, average: WeightAverage | None = None) -> Results:
+    """Evaluates a model on `dataset.val`, and its averaged weights beside it.
+
+    Args:
+        cfg: a resolved config.
+        model: on its device; DistributedDataParallel is looked through, since the processes may
+            have different numbers of images.
+        average: evaluated too, if given.
+
+    Returns:
+        `{"bbox": {"AP": 0..100, ...}}` and, with `average`, `"bbox_ema"`; empty in all but the main
+        process.
+    """
+    results = _evaluate(cfg, unwrap(model))
+    if average is not None:
+        logger.info("The same with the averaged weights:")
+        averaged = _evaluate(cfg, average.model, suffix="_ema")
+        results.update({f"{task}_ema": metrics for task, metrics in averaged.items()})
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> Results:
+    """Evaluates the checkpoint `train.init_checkpoint`; every key of it has to fit the model."""
+    model = _build_model(cfg)
+    path = _fetch(cfg)
+    categories = training_categories(cfg, eval_only=True)
+    rest = DNCheckpointer(model).load_weights(path, categories=categories, strict=True)
+    average = None
+    if cfg.train.ema.enabled and "ema" in rest:
+        average = WeightAverage(model, cfg.train.ema.decay)
+        average.load_state_dict(rest["ema"])
+    elif cfg.train.ema.enabled:
+        logger.info("%s holds no averaged weights: only the raw ones are evaluated.", path)
+    return do_test(cfg, model, average)
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module, suffix: str = "") -> Results:
+    loader = instantiate(cfg.dataloader.test)
+    evaluator = dict(cfg.dataloader.evaluator)
+    if evaluator.get("output_dir"):
+        evaluator["output_dir"] += suffix  # predictions of both sets of weights are kept
+    return dict(inference_on_dataset(model, loader, instantiate(evaluator)))
+
+
+def _check_validation_data(cfg: DictConfig) -> None:
+    """Finds at the start what would otherwise stop the first evaluation, hours later."""
+    check_coco(cfg.dataset.val.json, cfg.dataset.val.images)
+
+
+def _build_model(cfg: DictConfig) -> nn.Module:
+    return instantiate(cfg.model).to(cfg.train.device)
+
+
+def _build_trainer(cfg: DictConfig, model: nn.Module, train_loader: Iterable[Any]) -> Trainer:
+    optimizer = _build_optimizer(cfg, model)
+    train = cfg.train
+    return Trainer(
+        wrap_ddp(model, **train.ddp),
+        train_loader,
+        optimizer,
+        accumulate=train.accumulate,
+        clip_grad=train.clip_grad.params if train.clip_grad.enabled else None,
+        amp_dtype=getattr(torch, train.amp.dtype) if train.amp.enabled else None,
+    )
+
+
+def _build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    del cfg.optimizer.params.model  # the config stays one that can be saved
+    for group in optimizer.param_groups:
+        # Checkpoints hold plain Python only, and betas=(0.9, 0.999) is a ListConfig in a config.
+        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, ListConfig)})
+    return optimizer
+
+
+def _build_checkpointer(
+    cfg: DictConfig, trainer: Trainer, average: WeightAverage | None
+) -> DNCheckpointer:
+    folder = cfg.train.output_dir
+    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
+        metadata = build_metadata(file.read(), training_categories(cfg))
+    extra: dict[str, Any] = {"trainer": trainer}
+    if average is not None:
+        extra["ema"] = average
+    return DNCheckpointer(trainer.model, folder, metadata=metadata, **extra)
+
+
+def _build_hooks(
+    cfg: DictConfig,
+    trainer: Trainer,
+    checkpointer: DNCheckpointer,
+    average: WeightAverage | None,
+    results: Results,
+) -> list[HookBase | None]:
+    """Hooks in the order of detectron2's lazyconfig_train_net.py; files: the main process only."""
+    train, is_main = cfg.train, comm.is_main_process()
+
+    def evaluate() -> Results:
+        results.update(do_test(cfg, trainer.model, average))
+        return results
+
+    return [
+        hooks.IterationTimer(),
+        EMAHook(average) if average is not None else None,
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
+        hooks.EvalHook(train.eval_period, evaluate),
+        BestCheckpointer(checkpointer, train.best_metric, train.eval_period) if is_main else None,
+        (
+            hooks.PeriodicWriter(
+                default_writers(train.output_dir, train.max_iter), period=train.log_period
+            )
+            if is_main
+            else None
+        ),
+    ]
+
+
+def _load_start(
+    cfg: DictConfig, checkpointer: DNCheckpointer, trainer: Trainer, resume: bool
+) -> int:
+    """Loads what training starts from; returns the first iteration to run."""
+    folder, path = cfg.train.output_dir, cfg.train.init_checkpoint
+    if resume and on_main_process(checkpointer.has_checkpoint):
+        checkpointer.resume_or_load("", resume=True)
+        done = trainer.iter + 1
+        logger.info("Resuming %s after %d of %d iterations.", folder, done, cfg.train.max_iter)
+        return done
+    origin = path or "random weights"
+    if resume:
+        logger.info("Nothing to resume in %s: starting from %s.", folder, origin)
+    if path:
+        categories = training_categories(cfg)
+        checkpointer.load_weights(_fetch(cfg), categories=categories, strict=False)
+    else:
+        logger.info("Training from scratch (train.init_checkpoint is empty).")
+    return 0
+
+
+def _fetch(cfg: DictConfig) -> str:
+    """The local file of `train.init_checkpoint`, fetched once a machine."""
+    path = cfg.train.init_checkpoint
+    on_main_process(fetch_weights, path)
+    return fetch_weights(path)

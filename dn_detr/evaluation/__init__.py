@@ -1,0 +1,1 @@
+"""COCO evaluation, and pictures and curves of results."""
