@@ -240,7 +240,8 @@ def _mend(
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     limits = np.array([sizes[a["image_id"]] for a in annotations], np.float64).reshape(-1, 2)
     low = boxes[:, :2].clip(0, limits)
-    high = (boxes[:, :2] + boxes[:, 2:]).clip(0, limits)
+    with np.errstate(over="ignore"):  # finite numbers may add up to infinity, which is clipped too
+        high = (boxes[:, :2] + boxes[:, 2:]).clip(0, limits)
     extent = high - low
     keep = (boxes[:, 2:] > 0).all(1) & (extent > 0).all(1)
     moved = np.abs(np.concatenate([low - boxes[:, :2], extent - boxes[:, 2:]], 1)).max(1, initial=0)
