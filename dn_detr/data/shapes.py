@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dn_detr.data.categories import DatasetError
 from dn_detr.data.shapes_drawing import CLASSES, ShapesSpec, draw_image
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def generate_shapes(
         ``root``.
 
     Raises:
-        ValueError: an argument out of range, or a ``root`` that holds other files.
+        DatasetError: an argument out of range, or a ``root`` that holds other files.
     """
     spec = _spec(size, num_train, num_val, classes, objects, shape_size, seed)
     root = os.path.expanduser(root)
@@ -117,22 +118,22 @@ def _spec(
     classes, objects = tuple(classes), tuple(objects)
     unknown = [name for name in classes if name not in CLASSES]
     if unknown or not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"classes={classes}: give each class once, out of {', '.join(CLASSES)}")
+        raise DatasetError(f"classes={classes}: give each class once, out of {', '.join(CLASSES)}")
     if min(height, width) < 16:
-        raise ValueError(f"size={size}: images need at least 16 pixels a side")
+        raise DatasetError(f"size={size}: images need at least 16 pixels a side")
     if num_train < 1 or num_val < 1:
-        raise ValueError(f"num_train={num_train}, num_val={num_val}: each split needs an image")
+        raise DatasetError(f"num_train={num_train}, num_val={num_val}: each split needs an image")
     if len(objects) != 2 or not 0 <= objects[0] <= objects[1] or objects[1] < 1:
-        raise ValueError(f"objects={objects}: give (least, most), 0 <= least <= most, most >= 1")
+        raise DatasetError(f"objects={objects}: give (least, most), 0 <= least <= most, most >= 1")
     if seed < 0:
-        raise ValueError(f"seed={seed}: must be 0 or more")
+        raise DatasetError(f"seed={seed}: must be 0 or more")
     if shape_size is None:
         shrink = min(1.0, math.sqrt(DENSE_FROM / objects[1]))
         least = max(SHAPE_SIZE[0] * shrink, MIN_PIXELS / min(height, width))
         shape_size = (least, max(SHAPE_SIZE[1] * shrink, 2 * least))
     shape_size = tuple(shape_size)
     if len(shape_size) != 2 or not 0 < shape_size[0] <= shape_size[1] <= 1:
-        raise ValueError(f"shape_size={shape_size}: give (least, most), 0 < least <= most <= 1")
+        raise DatasetError(f"shape_size={shape_size}: give (least, most), 0 < least <= most <= 1")
     return ShapesSpec(height, width, num_train, num_val, classes, objects, shape_size, seed)
 
 
@@ -157,7 +158,7 @@ def _refuse_foreign_folder(root: str) -> None:
     if os.path.isdir(root) and not os.listdir(root):
         return
     if os.path.exists(root) and not os.path.isfile(os.path.join(root, MANIFEST)):
-        raise ValueError(
+        raise DatasetError(
             f"{root} exists and holds no shapes data (no {MANIFEST}): "
             "nothing was touched; give another folder, or remove it"
         )
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args["size"] = args["size"][0] if len(args["size"]) == 1 else args["size"]
     try:
         print(generate_shapes(**args))
-    except ValueError as error:
+    except DatasetError as error:
         parser.error(str(error))
 
 

@@ -1,4 +1,4 @@
-"""The built-in shapes data: what is drawn, and what is kept on disk. Needs numpy and Pillow only."""
+"""The built-in shapes data: what is drawn, what is kept on disk. Needs numpy and Pillow only."""
 
 import json
 import os
@@ -12,7 +12,14 @@ from PIL import Image
 
 from dn_detr.data import shapes
 from dn_detr.data.shapes import generate_shapes, main
-from dn_detr.data.shapes_drawing import CLASSES, ShapesSpec, draw_image
+from dn_detr.data.shapes_drawing import (
+    CLASSES,
+    MIN_CONTRAST,
+    MIN_VISIBLE,
+    ShapesSpec,
+    _place,
+    draw_image,
+)
 
 
 def spec(height=128, width=128, classes=CLASSES, objects=(1, 6), shape_size=(0.1, 0.6)):
@@ -144,12 +151,23 @@ def test_boxes_enclose_what_is_seen(monkeypatch):
         assert np.abs(seen - [x, y, x + w, y + h]).max() <= 6
 
 
-def test_every_shape_stays_visible():
-    for _, objects in draw(60, objects=(6, 6)):
-        for o in objects:
-            # A triangle or star fills a third of its box at least, of which 40 % stay visible.
-            assert o["area"] >= 0.09 * o["bbox"][2] * o["bbox"][3]
-            assert o["area"] >= 20
+def test_every_shape_stays_visible_and_stands_out():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        image = np.full((64, 96, 3), rng.uniform(0, 255), np.float32)
+        owner = np.full((64, 96), -1, np.int32)
+        shapes = []
+        for _ in range(40):
+            before = image.copy()
+            painted = _place(rng, (0.1, 0.8), CLASSES[rng.integers(5)], image, owner, shapes)
+            assert painted == (not np.array_equal(image, before))
+            if painted:
+                mask = owner == len(shapes) - 1
+                contrast = np.abs(image[mask].mean(0) - before[mask].mean(0)).max()
+                assert contrast > MIN_CONTRAST - 10  # the edge is smooth, the shading uneven
+        assert 4 < len(shapes) < 40
+        for index, shape in enumerate(shapes):
+            assert shape.visible == (owner == index).sum() >= MIN_VISIBLE * shape.whole
 
 
 def test_dense_scenes_are_dense_and_small(tmp_path):
