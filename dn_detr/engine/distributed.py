@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable, TypeVar
 
 from torch import nn
@@ -58,6 +59,8 @@ def wrap_ddp(model: nn.Module, **kwargs: Any) -> nn.Module:
     """
     if next(model.parameters()).device.type == "cpu":
         kwargs.setdefault("device_ids", None)
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+        kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers", True)  # since torch 2.14
     return create_ddp_model(model, **kwargs)
 
 

@@ -20,6 +20,7 @@ from detectron2.engine import default_argument_parser  # noqa: E402
 from detectron2.engine import launch as launch_processes  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
+from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.engine.config import load_config, refuse_invalid_values  # noqa: E402
 from dn_detr.engine.distributed import SharedError  # noqa: E402
@@ -27,7 +28,7 @@ from dn_detr.engine.main import main  # noqa: E402
 from dn_detr.engine.overrides import ConfigError  # noqa: E402
 
 # All processes raise these alike, so one of them reports.
-SYMMETRIC_ERRORS = (ConfigError, DatasetError, SharedError, FloatingPointError)
+SYMMETRIC_ERRORS = (ConfigError, DatasetError, CheckpointError, SharedError, FloatingPointError)
 
 
 def run(argv: list[str] | None = None, epilog: str | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Any, Iterable
+from typing import Any, Iterable, NamedTuple
 
 import torch
 from torch import nn
@@ -73,6 +73,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     Returns:
         the results of the final evaluation, see `do_test`.
     """
+    source = _find_source(cfg, resume)
     train_loader = instantiate(cfg.dataloader.train)  # checks the training data as it reads them
     on_main_process(_check_validation_data, cfg)
     model = _build_model(cfg)
@@ -80,9 +81,15 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     trainer = _build_trainer(cfg, model, train_loader)
     average = WeightAverage(model, cfg.train.ema.decay) if cfg.train.ema.enabled else None
     checkpointer = _build_checkpointer(cfg, trainer, average)
-    start = _load_start(cfg, checkpointer, trainer, resume)
     results: Results = {}
     trainer.register_hooks(_build_hooks(cfg, trainer, checkpointer, average, results))
+    start = 0
+    if source.resume:
+        checkpointer.load(source.path)
+        start = trainer.iter + 1
+        logger.info("Resuming after %d of %d iterations.", start, cfg.train.max_iter)
+    elif source.path:
+        checkpointer.load_weights(source.path, categories=training_categories(cfg), strict=False)
     trainer.train(start, cfg.train.max_iter)
     return results
 
@@ -208,25 +215,29 @@ def _build_hooks(
     ]
 
 
-def _load_start(
-    cfg: DictConfig, checkpointer: DNCheckpointer, trainer: Trainer, resume: bool
-) -> int:
-    """Loads what training starts from; returns the first iteration to run."""
-    folder, path = cfg.train.output_dir, cfg.train.init_checkpoint
-    if resume and on_main_process(checkpointer.has_checkpoint):
-        checkpointer.resume_or_load("", resume=True)
-        done = trainer.iter + 1
-        logger.info("Resuming %s after %d of %d iterations.", folder, done, cfg.train.max_iter)
-        return done
-    origin = path or "random weights"
+class _Source(NamedTuple):
+    """Where the first weights come from: a local file, or "" for random ones."""
+
+    path: str
+    resume: bool = False
+
+
+def _find_source(cfg: DictConfig, resume: bool) -> _Source:
+    """Finds what training starts from, before anything expensive is done."""
+    folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
+    last = on_main_process(_last_checkpoint, folder) if resume else ""
+    if last:
+        return _Source(last, resume=True)
     if resume:
-        logger.info("Nothing to resume in %s: starting from %s.", folder, origin)
-    if path:
-        categories = training_categories(cfg)
-        checkpointer.load_weights(_fetch(cfg), categories=categories, strict=False)
-    else:
+        logger.info("Nothing to resume in %s: starting from %s.", folder, init or "random weights")
+    elif not init:
         logger.info("Training from scratch (train.init_checkpoint is empty).")
-    return 0
+    return _Source(_fetch(cfg))
+
+
+def _last_checkpoint(folder: str) -> str:
+    checkpointer = DNCheckpointer(nn.Identity(), folder)
+    return checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
 
 
 def _fetch(cfg: DictConfig) -> str:

@@ -1,0 +1,237 @@
+"""Loading, overriding and resolving a config, and what is refused."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+
+from dn_detr.engine.config import ConfigError, load_config, resolve_config
+
+CONFIG = str(Path(__file__).parent / "tiny_config.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The override that puts the shapes into a folder of their own."""
+    return f"dataset.root={tmp_path_factory.mktemp('shapes')}"
+
+
+def refused(overrides, path=CONFIG):
+    with pytest.raises(ConfigError) as info:
+        resolve_config(load_config(path, overrides))
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    "override, key, value",
+    [
+        ("train.max_iter=7", "train.max_iter", 7),
+        ("train.epochs=0.5", "train.epochs", 0.5),
+        ("train.checkpointer.max_to_keep=null", "train.checkpointer.max_to_keep", None),
+        ("train.output_dir=2026", "train.output_dir", "2026"),
+        ("train.output_dir='${dataset.root}/out'", "train.output_dir", "./datasets/shapes/out"),
+        ("model=null", "model", None),
+        ("model.width=16", "model.width", 16),  # not in the config, but TinyDetector takes it
+        ("dataloader.train.aspect_ratio_grouping=True", *("dataloader.train.aspect_ratio_grouping", True)),
+        ("lr_multiplier.milestones=[30]", "lr_multiplier.milestones", [30]),
+        ("train.amp={enabled: True}", "train.amp", {"enabled": True, "dtype": "bfloat16"}),
+        ("optimizer.params.lr_factor_func.factor=1", "optimizer.params.lr_factor_func.factor", 1),
+        ("+train.note=hello", "train.note", "hello"),
+        ("+extra.deep=1", "extra.deep", 1),
+        ("dataset.train.json='/a, b/c=d.json'", "dataset.train.json", "/a, b/c=d.json"),
+    ],
+)
+def test_override(override, key, value, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert OmegaConf.select(load_config(CONFIG, [override]), key) == value
+
+
+def test_override_with_a_target_replaces_the_node():
+    cfg = load_config(CONFIG, ["lr_multiplier={_target_: fvcore.common.param_scheduler.ConstantParamScheduler, value: 1.0}"])
+    assert instantiate(cfg.lr_multiplier)(0.9) == 1.0
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["train.max_iters=5"], ["unknown key train.max_iters", "did you mean train.max_iter?"]),
+        (["max_iter=5"], ["did you mean train.max_iter?", "+max_iter=..."]),
+        (["optimizer.Lr=1"], ["unknown key optimizer.Lr", "optimizer.lr", "weight_decay"]),
+        (["model.widht=8"], ["did you mean model.width?"]),
+        (["dataset.generate.num_trian=5"], ["did you mean dataset.generate.num_train"]),
+        (["train.clip_grad={enabld: False}"], ["did you mean train.clip_grad.enabled?"]),
+        (["train.seed.x=1"], ["train.seed is the value 42"]),
+        (["+train.seed.x=1"], ["train.seed is the value 42"]),
+        (["dataset.generate=null", "dataset.generate.size=9"], ["dataset.generate is null"]),
+        (["lr_multiplier.values.5=1"], ["lr_multiplier.values is a list of 2"]),
+        (["train.max_iter=abc"], ["train.max_iter expects an integer, got str"]),
+        (["train.max_iter=2.5"], ["train.max_iter expects an integer, got float"]),
+        (["train.amp.enabled=1"], ["train.amp.enabled expects True or False"]),
+        (["optimizer.lr=fast"], ["optimizer.lr expects a number"]),
+        (["TRAIN.MAX_ITER", "5"], ["use train.max_iter=5 instead of TRAIN.MAX_ITER 5"]),
+        (["train.seed=1", "--resume"], ["--resume has to stand before the key=value overrides"]),
+        (["~train.seed"], ["train.seed=null"]),
+        (["dataset.train.json=a,b"], ["lists several values"]),
+        (["dataset.train.json=a=b"], ["cannot read the override 'dataset.train.json=a=b'"]),
+    ],
+)
+def test_override_is_refused(overrides, parts):
+    message = refused(overrides)
+    for part in parts:
+        assert part in message
+
+
+def test_config_file_is_refused(tmp_path):
+    assert "--config-file" in refused([], "")
+    assert "does not exist" in refused([], str(tmp_path / "no.py"))
+    assert "expected a .py or .yaml file" in refused([], str(tmp_path / "x.txt"))
+    broken = tmp_path / "broken.py"
+    broken.write_text("train = dict(\n  seed=1\n  x=2)\n")
+    assert f"{broken}:2: SyntaxError" in refused([], str(broken))
+    broken.write_text("import math\nfrom math import no_such_name\n")
+    assert f"{broken}:2: ImportError: cannot import name" in refused([], str(broken))
+    broken.write_text("train = dict(seed=1)\n")
+    assert "does not define model, dataset, dataloader" in refused([], str(broken))
+    with pytest.raises(ModuleNotFoundError):  # the import function is put back after an error
+        import no_such_module  # noqa: F401
+
+
+def test_all_invalid_values_are_listed_at_once(data):
+    message = refused(
+        [data, "train.max_iter=0", "optimizer.lr=-1", "dataloader.train.total_batch_size=0"]
+        + ["train.accumulate=0", "train.log_period=0", "train.checkpointer.period=0"]
+        + ["train.clip_grad.params.max_norm=0", "train.ema.decay=2", "train.eval_period=-1"]
+        + ["train.amp.dtype=int8"]
+    )
+    for part in [
+        "train.max_iter=0: expected an integer of at least 1",
+        "optimizer.lr=-1: expected a finite number",
+        "dataloader.train.total_batch_size=0",
+        "train.accumulate=0",
+        "train.log_period=0",
+        "train.checkpointer.period=0",
+        "train.clip_grad.params.max_norm=0",
+        "train.ema.decay=2",
+        "train.eval_period=-1",
+        "train.amp.dtype=int8: expected bfloat16 or float16",
+    ]:
+        assert part in message
+
+
+def test_batch_has_to_be_divisible_by_the_processes(data):
+    cfg = load_config(CONFIG, [data, "dataloader.train.total_batch_size=7"])
+    with pytest.raises(ConfigError, match="cannot be shared by 3 processes: take 6 or 9"):
+        resolve_config(cfg, num_processes=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there(data):
+    message = refused([data, "train.device=cuda", "train.amp.enabled=True", "train.amp.dtype=float16"])
+    assert "train.device=cuda, but torch finds no GPU: train.device=cpu" in message
+    message = refused([data, "train.amp.enabled=True", "train.amp.dtype=float16"])
+    assert "float16 needs a GPU: train.amp.dtype=bfloat16" in message
+    cfg = load_config(CONFIG, [data, "train.device=null"])
+    resolve_config(cfg)
+    assert cfg.train.device == "cpu"
+
+
+def test_unknown_device_is_refused(data):
+    assert "train.device=gpu: expected cuda, cpu or null" in refused([data, "train.device=gpu"])
+
+
+def test_classes_and_length_come_from_the_data(data):
+    cfg = load_config(
+        CONFIG,
+        [data, "train.max_iter=null", "train.epochs=2.5", "train.accumulate=2"]
+        + ["train.eval_period=null", "train.checkpointer.period=null"],
+    )
+    resolve_config(cfg)  # 12 images, 2 batches of 4 in a step
+    assert cfg.model.num_classes == 5
+    assert cfg.train.max_iter == 4  # 2.5 epochs of 1.5 steps, rounded up
+    assert cfg.train.eval_period == cfg.train.checkpointer.period == 2
+    again = OmegaConf.to_container(cfg, resolve=True)
+    resolve_config(cfg)
+    assert OmegaConf.to_container(cfg, resolve=True) == again
+
+
+def test_number_of_classes_that_does_not_fit_is_refused(data):
+    with pytest.raises(ValueError, match="model.num_classes=7.* has 5 categories"):
+        resolve_config(load_config(CONFIG, [data, "model.num_classes=7"]))
+
+
+def test_train_and_val_need_the_same_categories(data, tmp_path):
+    cfg = load_config(CONFIG, [data])
+    resolve_config(cfg)
+    path = tmp_path / "val.json"
+    path.write_text(Path(cfg.dataset.val.json).read_text().replace('"ring"', '"torus"'))
+    message = refused([data, f"dataset.val.json={path}"])
+    assert "different categories" in message and "'ring'" in message and "'torus'" in message
+
+
+def test_evaluation_takes_the_classes_of_val(data, tmp_path):
+    cfg = load_config(CONFIG, [data, f"dataset.train.json={tmp_path}/missing.json", "train.max_iter=null"])
+    resolve_config(cfg, eval_only=True)
+    assert cfg.model.num_classes == 5 and cfg.train.max_iter is None
+
+
+def test_learning_rate_for_another_batch_is_said_and_scaled_on_request(data, caplog):
+    logging.getLogger("dn_detr").propagate = True  # detectron2's setup_logger switches it off
+    with caplog.at_level(logging.INFO, logger="dn_detr"):
+        cfg = load_config(CONFIG, [data, "optimizer.lr=1e-4"])
+        resolve_config(cfg)
+    assert cfg.optimizer.lr == 1e-4
+    assert "optimizer.lr=0.0001 is meant for 16 images in a step, here there are 4" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="dn_detr"):
+        cfg = load_config(CONFIG, [data, "optimizer.lr=1e-4", "train.scale_lr=True"])
+        resolve_config(cfg)
+    assert cfg.optimizer.lr == pytest.approx(2.5e-5)
+    assert "0.0001 for 16 images, so 2.5e-05 for 4" in caplog.text
+    resolve_config(cfg)  # what is resolved is not scaled again
+    assert cfg.optimizer.lr == pytest.approx(2.5e-5)
+
+
+def test_saved_config_loads_and_is_the_same(data, tmp_path):
+    cfg = load_config(CONFIG, [data, "train.ema.enabled=True"])
+    resolve_config(cfg)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    assert not (tmp_path / "config.yaml.pkl").exists()
+    loaded = load_config(str(tmp_path / "config.yaml"), ["train.max_iter=9"])
+    assert loaded.train.max_iter == 9
+    assert loaded.train.ema.enabled
+    model = instantiate(loaded.model)
+    loaded.optimizer.params.model = model
+    rates = {
+        name: group["lr"]
+        for group in instantiate(loaded.optimizer).param_groups
+        for name, parameter in model.named_parameters()
+        if any(parameter is p for p in group["params"])
+    }
+    assert rates["backbone.0.weight"] == pytest.approx(1e-3)
+    assert rates["class_head.weight"] == pytest.approx(1e-2)
+    assert instantiate(loaded.lr_multiplier)(0.81) == 0.1
+
+
+def test_published_optimizer_and_schedules():
+    folder = Path(__file__).parents[2] / "configs" / "common"
+    optimizer = LazyConfig.load(str(folder / "optim.py")).AdamW
+    optimizer.params.model = torch.nn.Sequential()
+    optimizer.params.model.add_module("backbone", torch.nn.Linear(2, 2))
+    optimizer.params.model.add_module("norm", torch.nn.LayerNorm(2))
+    groups = instantiate(optimizer).param_groups
+    assert sorted(g["lr"] for g in groups) == pytest.approx([1e-5, 1e-4])
+    assert {g["weight_decay"] for g in groups} == {1e-4}  # norms and biases too
+    schedules = LazyConfig.load(str(folder / "schedules.py"))
+    for name, before, after in (("50ep", 0.799, 0.801), ("12ep", 10.9 / 12, 11.1 / 12)):
+        multiplier = instantiate(schedules[f"lr_multiplier_{name}"])
+        assert [multiplier(x) for x in (0.0, before, after, 0.999)] == [1.0, 1.0, 0.1, 0.1]
+    cosine = instantiate(schedules.lr_multiplier_warmup_cosine)
+    assert cosine(0.0) == pytest.approx(0.01)
+    assert cosine(0.05) == pytest.approx(1.0, abs=0.01)
+    assert cosine(1.0) == pytest.approx(0.01, abs=0.001)

@@ -1,0 +1,172 @@
+"""The step: accumulation, clipping, number formats, and what stops it."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from dn_detr.engine.trainer import Trainer
+
+from tests.engine.tiny import TinyDetector
+
+CLASSES = 3
+
+
+def make_batch(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for index in range(count):
+        instances = Instances((16, 20))
+        instances.gt_boxes = Boxes(torch.tensor([[1.0, 2.0, 8.0 + index, 9.0]]))
+        instances.gt_classes = torch.tensor([index % CLASSES])
+        image = torch.randint(0, 256, (3, 16, 20), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": 16, "width": 20})
+    return batch
+
+
+def make_trainer(batches, lr=0.1, optimizer=torch.optim.SGD, model=None, **kwargs):
+    torch.manual_seed(0)
+    model = model or TinyDetector(CLASSES)
+    return Trainer(model, iter(batches), optimizer(model.parameters(), lr=lr), **kwargs)
+
+
+def run(trainer, steps=1):
+    with EventStorage(0) as trainer.storage:
+        for trainer.iter in range(steps):
+            trainer.storage.iter = trainer.iter
+            trainer.run_step()
+    return {name: value for name, (value, _) in trainer.storage.latest().items()}
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("clip_grad", [None, {"max_norm": 0.1}])
+def test_accumulated_batches_equal_the_big_batch(clip_grad):
+    images = make_batch(6)
+    whole = make_trainer([images], clip_grad=clip_grad)
+    parts = make_trainer(
+        [images[:2], images[2:4], images[4:]], accumulate=3, clip_grad=clip_grad
+    )
+    metrics, metrics_of_parts = run(whole), run(parts)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], value, rtol=1e-5, atol=1e-7)
+    for name in ("total_loss", "loss_ce", "loss_bbox", "grad_norm"):
+        assert metrics_of_parts[name] == pytest.approx(metrics[name], rel=1e-5)
+
+
+def test_metrics_are_those_of_detectron2():
+    metrics = run(make_trainer([make_batch(2)]))
+    assert set(metrics) == {
+        *("total_loss", "loss_ce", "loss_bbox", "grad_norm", "data_time", "rank_data_time")
+    }
+    assert metrics["total_loss"] == pytest.approx(metrics["loss_ce"] + metrics["loss_bbox"])
+
+
+def test_gradient_is_clipped_over_all_parameters_together():
+    free, clipped = make_trainer([make_batch(3)]), make_trainer(
+        [make_batch(3)], clip_grad={"max_norm": 0.01}
+    )
+    before = weights(free)
+    norm = run(free)["grad_norm"]
+    assert run(clipped)["grad_norm"] == pytest.approx(norm)  # the norm before clipping
+    assert norm > 0.01
+    moved = {k: weights(clipped)[k] - v for k, v in before.items() if v.is_floating_point()}
+    length = torch.cat([v.flatten() for v in moved.values()]).norm().item()
+    assert length == pytest.approx(0.1 * 0.01, rel=1e-3)  # lr * max_norm
+    for name, value in moved.items():
+        expected = (weights(free)[name] - before[name]) * (0.01 / norm)
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_bf16_autocast_on_the_cpu():
+    seen = []
+    model = TinyDetector(CLASSES)
+    model.class_head.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    metrics = run(make_trainer([make_batch(3)], model=model, amp_dtype=torch.bfloat16))
+    assert seen == [torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert metrics["total_loss"] == pytest.approx(
+        run(make_trainer([make_batch(3)]))["total_loss"], rel=0.2
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_training_on_a_gpu(dtype):
+    model = TinyDetector(CLASSES).to("cuda")
+    trainer = make_trainer([make_batch(3)] * 10, model=model, amp_dtype=dtype, lr=0.01)
+    metrics = run(trainer, steps=10)
+    assert math.isfinite(metrics["total_loss"])
+    assert ("grad_scaler" in trainer.state_dict()) == (dtype == torch.float16)
+
+
+class BreaksLoss(TinyDetector):
+    def forward(self, batch):
+        losses = super().forward(batch)
+        return {**losses, "loss_bbox": losses["loss_bbox"] * math.nan}
+
+
+class BreaksGradient(TinyDetector):
+    def forward(self, batch):
+        losses = super().forward(batch)
+        # sqrt has an infinite slope at 0: the loss is finite, its gradient is not
+        return {**losses, "loss_ce": (losses["loss_ce"] * 0).sqrt()}
+
+
+@pytest.mark.parametrize("model, name", [(BreaksLoss, "loss_bbox"), (BreaksGradient, "grad_norm")])
+def test_what_is_not_finite_stops_before_the_step(model, name):
+    trainer = make_trainer([make_batch(2)], model=model(CLASSES), clip_grad={"max_norm": 0.1})
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match=f"iteration 0, process 0: .*{name}=nan"):
+        run(trainer)
+    for key, value in before.items():
+        assert torch.equal(weights(trainer)[key], value)
+
+
+def test_hooks_are_told_of_the_backward_pass():
+    class Spy(HookBase):
+        norms = []
+
+        def after_backward(self):
+            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            self.norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+
+    trainer = make_trainer([make_batch(2)] * 2, accumulate=2)
+    spy = Spy()
+    trainer.register_hooks([spy])
+    metrics = run(trainer)
+    assert spy.norms == [pytest.approx(metrics["grad_norm"])]  # once a step, before clipping
+
+
+def test_a_single_loss_tensor_will_do():
+    class OneLoss(TinyDetector):
+        def forward(self, batch):
+            return sum(super().forward(batch).values())
+
+    metrics = run(make_trainer([make_batch(2)], model=OneLoss(CLASSES)))
+    assert math.isfinite(metrics["total_loss"])
+
+
+def test_state_restores_optimizer_and_iteration(tmp_path):
+    batches = [make_batch(2, seed) for seed in range(4)]
+    whole = make_trainer(batches, optimizer=torch.optim.AdamW)
+    run(whole, steps=4)
+    first = make_trainer(batches[:2], optimizer=torch.optim.AdamW)
+    run(first, steps=2)
+    torch.save({"model": first.model.state_dict(), "trainer": first.state_dict()}, tmp_path / "x")
+    stored = torch.load(tmp_path / "x", weights_only=True)
+    second = make_trainer(batches[2:], optimizer=torch.optim.AdamW)
+    second.model.load_state_dict(stored["model"])
+    second.load_state_dict(stored["trainer"])
+    assert second.iter == 1
+    run(second, steps=2)
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(second)[name], value)
