@@ -7,7 +7,7 @@ e244e6c: projects/dn_detr, projects/dab_detr).
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -210,29 +210,29 @@ def resolve_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     return resolved, dropped
 
 
-def rename(state: Mapping[str, Tensor], rules: Rules) -> tuple[dict[str, Tensor], list[str]]:
-    """The state_dict under this project's names, and the names that no rule knows.
+def rename(names: Collection[str], rules: Rules) -> tuple[dict[str, str], list[str]]:
+    """This project's name -> the name of the file, and the names that no rule knows.
 
     Raises:
         CheckpointError: two names of the file become one.
     """
-    renamed: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
     unknown: list[str] = []
-    for name, value in state.items():
+    for name in names:
         target = _first_match(rules, name)
         if target is None:
             unknown.append(name)
-        elif target in renamed:
-            raise CheckpointError(f"two entries of the file both stand for {target}, one is {name}")
+        elif target in sources:
+            raise CheckpointError(f"{sources[target]} and {name} both stand for {target}.")
         else:
-            renamed[target] = value
-    return renamed, unknown
+            sources[target] = name
+    return sources, unknown
 
 
-def sample(names: Collection[str], limit: int = 5) -> str:
+def sample(names: Iterable[str], limit: int = 5) -> str:
     """Some of the names, for a message."""
-    shown = sorted(names)[:limit]
-    return ", ".join(shown) + (", ..." if len(names) > limit else "")
+    ordered = sorted(names)
+    return ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")
 
 
 def _first_match(rules: Rules, name: str) -> str | None:

@@ -94,12 +94,17 @@ def seeded_image(height: int, width: int, seed: int, cell: int = 32) -> np.ndarr
 def published_shapes(variant: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every entry of the authors' state_dict, tied ones under both names."""
     more, less = _DIFFERENCES[variant]
+    shapes = listed_shapes("dn_dab_detr_r50.txt")
+    return {**{name: shapes[name] for name in shapes if name not in less}, **more}
+
+
+def listed_shapes(file_name: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every line of a list beside this file."""
     shapes = {}
-    for line in (_FOLDER / "dn_dab_detr_r50.txt").read_text().splitlines():
+    for line in (_FOLDER / file_name).read_text().splitlines():
         name, dimensions = re.match(r"(\S+) \(([\d, ]*)\)", line).groups()
-        if name not in less:
-            shapes[name] = tuple(int(n) for n in dimensions.replace(" ", "").split(",") if n)
-    return {**shapes, **more}
+        shapes[name] = tuple(int(n) for n in dimensions.replace(" ", "").split(",") if n)
+    return shapes
 
 
 def published_state_dict(variant: str, seed: int = 0) -> dict[str, torch.Tensor]:

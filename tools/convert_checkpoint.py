@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Converts published DN-DETR and DAB-DETR checkpoints; nothing in them is run.
+
+Takes what IDEA-Research publishes for DN-DETR (dn_dab_detr), DAB-DETR (dab_detr), and detrex for
+its DN-DETR and DAB-DETR. The 80 used class rows of 91 are kept:
+
+    python tools/convert_checkpoint.py checkpoint.pth dn_detr_r50.pth \\
+        --config-file projects/dn_detr/configs/dn_detr_r50_50ep.py
+
+All 91 rows, class = COCO category id, as published:
+
+    python tools/convert_checkpoint.py checkpoint.pth dn_detr_r50_91.pth \\
+        --config-file projects/dn_detr/configs/dn_detr_r50_50ep.py model.num_classes=91
+
+Then evaluate it:
+
+    python tools/train_net.py --config-file projects/dn_detr/configs/dn_detr_r50_50ep.py \\
+        --eval-only train.init_checkpoint=dn_detr_r50.pth
+"""
+
+import argparse
+import sys
+
+from dn_detr.checkpoint.convert import convert_file
+from dn_detr.engine.config import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the published file (.pth)")
+    parser.add_argument("output", metavar="OUTPUT", help="the file to write (.pth)")
+    parser.add_argument("--config-file", required=True, help="config of the model it is for")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the config")
+    args = parser.parse_intermixed_args()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        print(convert_file(args.source, args.output, cfg, args.config_file))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
