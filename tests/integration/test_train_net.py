@@ -1,0 +1,282 @@
+"""tools/train_net.py end to end, on a stand-in detector that trains in milliseconds.
+
+Most runs are in this process; those with two processes, and the script itself, are started.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.engine import default_argument_parser
+
+from dn_detr.engine.launch import guarded_main, run
+from dn_detr.engine.main import main
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "tests" / "engine" / "tiny_config.py")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return f"dataset.root={tmp_path_factory.mktemp('shapes')}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shapes):
+    """(folder, results) of one training with EMA: 6 iterations, evaluated after 3 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train(folder, shapes, "train.ema.enabled=True")
+
+
+def train(folder, *overrides, flags=()):
+    return main(arguments(folder, *overrides, flags=flags))
+
+
+def arguments(folder, *overrides, flags=()):
+    options = ["--config-file", CONFIG, *flags, f"train.output_dir={folder}", *overrides]
+    return default_argument_parser().parse_args(options)
+
+
+def refused(folder, *overrides, flags=()):
+    """The message that a run ends with; asserts that it is one message and status 1."""
+    with pytest.raises(SystemExit) as info:
+        guarded_main(arguments(folder, *overrides, flags=flags))
+    message = info.value.code
+    assert isinstance(message, str) and message.startswith("error: ")  # so the status is 1
+    return message
+
+
+def script(*options, cwd):
+    """Runs tools/train_net.py itself."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "train_net.py"), *options],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def predictions(folder):
+    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+
+
+def same(first, second):
+    """Equal results, NaN (no object of a size) included."""
+    assert first.keys() == second.keys()
+    for task in first:
+        assert first[task] == pytest.approx(second[task], nan_ok=True, abs=1e-9)
+    return True
+
+
+def test_training_leaves_checkpoints_metrics_and_results(trained, shapes):
+    folder, results = trained
+    assert {"AP", "AP50", "AP-circle"} <= set(results["bbox"])
+    assert set(results["bbox_ema"]) == set(results["bbox"])
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint"} <= names
+    assert {"model_0000002.pth", "model_0000005.pth", "model_final.pth", "model_best.pth"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (folder / "inference_ema" / "coco_instances_results.json").is_file()
+    rows = {row["iteration"]: row for row in metrics_of(folder)}
+    assert {"total_loss", "loss_ce", "lr", "grad_norm", "bbox/AP", "bbox_ema/AP"} <= set(rows[2])
+    assert [row for row in rows if "total_loss" in rows[row]] == list(range(6))
+    log = (folder / "log.txt").read_text()
+    assert "eta: " in log and "copypaste: AP,AP50,AP75,APs,APm,APl" in log
+    assert "Training from scratch" in log
+
+
+def test_checkpoint_says_what_it_is(trained):
+    stored = load(trained[0] / "model_final.pth")
+    assert {"model", "trainer", "ema", "metadata", "iteration"} <= set(stored)
+    assert stored["ema"]["updates"] == 6
+    names = [category["name"] for category in stored["metadata"]["categories"]]
+    assert names == ["circle", "square", "triangle", "star", "ring"]
+    assert "TinyDetector" in stored["metadata"]["config"]
+
+
+def test_eval_only_equals_the_final_evaluation(trained, shapes, tmp_path):
+    folder, results = trained
+    weights = f"train.init_checkpoint={folder}/model_final.pth"
+    again = train(tmp_path, shapes, weights, "train.ema.enabled=True", flags=["--eval-only"])
+    assert same(again, results)
+    assert predictions(tmp_path) == predictions(folder)
+    raw = train(tmp_path / "raw", shapes, weights, flags=["--eval-only"])
+    assert same(raw, {"bbox": results["bbox"]})
+    saved = default_argument_parser().parse_args(
+        ["--config-file", f"{folder}/config.yaml", "--eval-only", weights]
+        + [f"train.output_dir={tmp_path}/saved"]
+    )
+    assert same(main(saved), results)  # the saved config has EMA switched on
+
+
+def test_resume_goes_on_where_training_stopped(trained, shapes, tmp_path):
+    train(tmp_path, shapes, "train.ema.enabled=True", "train.max_iter=3")
+    assert load(tmp_path / "model_final.pth")["iteration"] == 2
+    train(tmp_path, shapes, "train.ema.enabled=True", flags=["--resume"])
+    final, straight = load(tmp_path / "model_final.pth"), load(trained[0] / "model_final.pth")
+    assert final["iteration"] == straight["iteration"] == 5
+    assert final["trainer"]["iteration"] == 5
+    assert final["ema"]["updates"] == 6
+    steps = [s["step"] for s in final["trainer"]["optimizer"]["state"].values()]
+    assert {int(step) for step in steps} == {6}
+    iterations = [row["iteration"] for row in metrics_of(tmp_path) if "total_loss" in row]
+    assert iterations == list(range(6))
+    assert "Resuming after 3 of 6 iterations" in (tmp_path / "log.txt").read_text()
+
+
+def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
+    weights = trained[0] / "model_final.pth"
+    options = [shapes, "train.max_iter=1", f"train.init_checkpoint={weights}"]
+    train(tmp_path, *options, flags=["--resume"])
+    log = (tmp_path / "log.txt").read_text()
+    assert f"Nothing to resume in {tmp_path}: starting from {weights}" in log
+
+
+def test_folder_with_checkpoints_is_refused_or_replaced(shapes, tmp_path):
+    train(tmp_path, shapes, "train.max_iter=1")
+    (tmp_path / "notes.txt").write_text("mine")
+    message = refused(tmp_path, shapes, "train.max_iter=1")
+    for part in ("already holds checkpoints", "--resume", "train.overwrite=True"):
+        assert part in message
+    own = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    assert "would remove it" in refused(tmp_path, shapes, "train.overwrite=True", own)
+    train(tmp_path, shapes, "train.max_iter=2", "train.overwrite=True")
+    assert [row["iteration"] for row in metrics_of(tmp_path) if "total_loss" in row] == [0, 1]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_evaluation_without_a_checkpoint_is_refused(shapes, tmp_path):
+    message = refused(tmp_path, shapes, flags=["--eval-only"])
+    assert "no checkpoint is given: train.init_checkpoint=FILE" in message
+    zoo = "train.init_checkpoint=detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    assert "holds a backbone only" in refused(tmp_path, shapes, zoo, flags=["--eval-only"])
+    none = f"train.init_checkpoint={tmp_path}/none.pth"
+    assert "none.pth does not exist" in refused(tmp_path, shapes, none, flags=["--eval-only"])
+
+
+def test_weights_that_cannot_be_fetched(shapes, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("iopath.common.file_io.download", no_network)
+    message = refused(
+        tmp_path / "out", shapes, "train.init_checkpoint=detectron2://ImageNetPretrained/x/R-7.pkl"
+    )
+    url = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/x/R-7.pkl"
+    assert f"cannot fetch the weights R-7.pkl from {url} (no route to host)" in message
+    cached = tmp_path / "cache" / "detectron2" / "ImageNetPretrained" / "x" / "R-7.pkl"
+    assert f"put it at {cached}" in message
+    assert "train.init_checkpoint=FILE" in message and "train from scratch" in message
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    cached.write_bytes(b"not weights")
+    again = refused(
+        tmp_path / "out", shapes, "train.init_checkpoint=detectron2://ImageNetPretrained/x/R-7.pkl"
+    )
+    assert f"Checkpoint {cached} " in again  # the file put there is the one that is read
+
+
+def test_output_folder_that_cannot_be_written(shapes, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused(tmp_path / "file" / "out", shapes)
+    assert "cannot be written" in message and "train.output_dir=FOLDER" in message
+
+
+def test_error_of_ours_is_a_message_and_a_bug_is_a_traceback(shapes, tmp_path):
+    assert "train.max_iter?" in refused(tmp_path, shapes, "train.max_iters=1")
+    missing = refused(tmp_path, shapes, f"dataset.val.json={tmp_path}/none.json")
+    assert "none.json" in missing
+    with pytest.raises(TypeError):  # TinyDetector has no such argument
+        guarded_main(arguments(tmp_path, shapes, "+model.depth=3"))
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2 is not in 0..1"),
+        (["--num-machines", "2"], "--dist-url tcp://HOST:PORT"),
+        (["--num-gpus", "2", "dataloader.train.total_batch_size=3"], "cannot be shared by 2"),
+    ],
+)
+def test_command_line_is_refused_before_processes_start(options, part):
+    with pytest.raises(SystemExit, match=part):
+        run(["--config-file", CONFIG, *options])
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(SystemExit, match="not torchrun"):
+        run(["--config-file", CONFIG])
+
+
+def test_two_processes_evaluate_like_one(trained, shapes, tmp_path):
+    folder, results = trained
+    done = script(
+        *("--config-file", CONFIG, "--num-gpus", "2", "--eval-only", shapes),
+        *(f"train.init_checkpoint={folder}/model_final.pth", f"train.output_dir={tmp_path}"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert predictions(tmp_path) == predictions(folder)  # 5 images: 3 and 2
+    printed = (tmp_path / "log.txt").read_text()
+    assert f"copypaste: {results['bbox']['AP']:.4f}," in printed
+
+
+def test_two_processes_train_like_one(shapes, tmp_path):
+    # Without augmentation the processes together see the very images that one sees.
+    options = [shapes, "train.accumulate=2", "train.max_iter=3", "train.ema.enabled=True"]
+    options += ["dataloader.train.mapper.augmentations=[]", "optimizer.eps=1e-3"]
+    done = script(
+        *("--config-file", CONFIG, "--num-gpus", "2", *options),
+        f"train.output_dir={tmp_path}/two",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "log.txt.rank1").is_file()
+    train(tmp_path / "one", *options)
+    two, one = (load(tmp_path / name / "model_final.pth") for name in ("two", "one"))
+    assert two["iteration"] == one["iteration"] == 2
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two["ema"]["model"][name], one["ema"]["model"][name])
+    losses = [
+        [row["total_loss"] for row in metrics_of(tmp_path / name) if "total_loss" in row]
+        for name in ("two", "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_end_with_one_message(shapes, tmp_path):
+    done = script(
+        *("--config-file", CONFIG, "--num-gpus", "2", shapes),
+        *(f"train.output_dir={tmp_path}", f"train.init_checkpoint={tmp_path}/none.pth"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: Checkpoint")
+
+
+def test_help_shows_the_commands(tmp_path):
+    done = script("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for part in ("--num-gpus 8", "--dist-url tcp://FIRST_MACHINE:PORT", "--eval-only", "--resume"):
+        assert part in done.stdout
