@@ -63,7 +63,9 @@ class DABDecoder(nn.Module):
         num_layers: L.
         activation: "prelu" (published), "relu" or "gelu".
         anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published: 10000 and 2 pi).
-        aligned_positions: see `ConditionalCrossAttention.align_positions` (not in the paper; for short training).
+        aligned_positions: start with cross-attention that looks at the anchor, see
+            `ConditionalCrossAttention.align_positions`, and with position scales of 1. Not in the paper; for
+            short training.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class DABDecoder(nn.Module):
         if aligned_positions:
             for layer in self.layers:
                 layer.cross_attn.align_positions()
+            nn.init.zeros_(self.position_scale.layers[-1].weight)
+            nn.init.ones_(self.position_scale.layers[-1].bias)
 
     def forward(
         self, queries: Queries, memory: Tokens, refine: Callable[[Tensor, Tensor], Tensor]

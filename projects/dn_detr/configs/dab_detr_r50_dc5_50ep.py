@@ -1,0 +1,6 @@
+"""DAB-DETR-R50-DC5 proper, the baseline, 50 epochs: 44.5 AP (DAB-DETR paper, table 2)."""
+
+from .dab_detr_r50_50ep import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.backbone.dc5 = True
+train.output_dir = "./output/dab_detr_r50_dc5_50ep"
