@@ -17,7 +17,8 @@ DETECTRON2_SOURCE = f"git+{DETECTRON2_REPOSITORY}@{DETECTRON2_COMMIT}"
 # detectron2's build imports torch, so torch comes first and build isolation is off. Its visualizer
 # imports cv2, which it does not declare.
 DETECTRON2_INSTALL_COMMAND = (
-    f"pip install --no-build-isolation '{DETECTRON2_SOURCE}' opencv-python-headless"
+    "pip install setuptools wheel opencv-python-headless"
+    f" && pip install --no-build-isolation '{DETECTRON2_SOURCE}'"
 )
 
 
@@ -29,7 +30,9 @@ def require_detectron2() -> None:
             installed (detectron2 is built against it) and the command that installs detectron2.
     """
     try:
-        importlib.import_module("detectron2")
+        # Its layers, for they fail where torch and torchvision do not fit, or cannot be had;
+        # whoever uses any of detectron2 imports them.
+        importlib.import_module("detectron2.layers")
     except Exception as error:  # a broken build raises OSError or RuntimeError as well
         raise ImportError(
             f"This part of dn_detr needs detectron2, which does not import: "

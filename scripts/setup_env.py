@@ -1,0 +1,247 @@
+"""Makes the .venv that `make demo` and `make test` run in, and installs nothing twice.
+
+    python3 scripts/setup_env.py
+
+1. A .venv, unless there is one. If the interpreter that runs this script has a detectron2 that
+   imports, the .venv uses that environment's packages and its torch.
+2. The pinned torch and torchvision (requirements.txt), then this project, editable.
+3. detectron2, the first that can be had: one that imports already; what DETECTRON2 names (a
+   folder, a wheel, an address); the upstream repository at the pinned commit.
+
+Each of the last two is written down when it is done, with a hash of the files that decide it: a
+set-up that failed or was stopped is taken up again, a complete one is recognised at once. Without
+detectron2 the set-up still succeeds and says what is missing; with STRICT=1 it fails.
+
+Standard library only: nothing is installed yet when this runs.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "dn_detr-setup.txt"
+OLDEST, NEWEST = (3, 10), (3, 13)
+DECIDED_BY = ("requirements.txt", "pyproject.toml", "setup.py")
+BUILD_TOOLS = ("setuptools>=77", "wheel", "ninja")
+
+# What the rest of the set-up relies on; the file says why an import is the test.
+PROBE = "from dn_detr.requirements import require_detectron2; require_detectron2()"
+
+
+class SetupError(Exception):
+    """The set-up cannot go on; the message says why, and what to do."""
+
+
+def say(message: str) -> None:
+    print(f"setup: {message}", flush=True)
+
+
+def check_python(version: Tuple[int, int]) -> None:
+    """Raises SetupError unless `version` (major, minor) is one that is supported."""
+    if not OLDEST <= tuple(version) <= NEWEST:
+        raise SetupError(
+            "Python {}.{} to {}.{} is needed, this is {}.{}. Name another interpreter:\n"
+            "    make PYTHON=python3.12 ...".format(*OLDEST, *NEWEST, *version)
+        )
+
+
+def stamp_lines(root: Path) -> List[str]:
+    """What the stamp of a complete set-up holds: a hash of what decides it, and detectron2."""
+    digest = hashlib.sha256()
+    for name in DECIDED_BY:
+        digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    return [digest.hexdigest(), "detectron2"]
+
+
+def steps_done(stamp: Path, root: Path) -> int:
+    """How many of the two steps are done: 0 none, 1 torch and the project, 2 detectron2 too."""
+    found = stamp.read_text().split() if stamp.is_file() else []
+    expected = stamp_lines(root)
+    return next(n for n in (2, 1, 0) if found[:n] == expected[:n])
+
+
+def pip_source(named: str) -> str:
+    """What pip takes for the value of DETECTRON2: a folder, a wheel, or an address.
+
+    Raises:
+        SetupError: it looks like a path, and there is nothing there.
+    """
+    if "://" in named:
+        is_plain_git = re.search(r"\.git(@.+)?$", named) and not named.startswith("git+")
+        return "git+" + named if is_plain_git else named
+    path = Path(named).expanduser()
+    if not path.exists():
+        raise SetupError(f"DETECTRON2={named}: there is no such folder or file")
+    return str(path.resolve())
+
+
+def detectron2_sources(environ: Mapping[str, str], upstream: str) -> List[str]:
+    """Where detectron2 may come from, in the order in which to try."""
+    named = environ.get("DETECTRON2", "").strip()
+    return ([named] if named else []) + [upstream]
+
+
+def _run(command: List[str], extra_env: Optional[Dict[str, str]] = None) -> bool:
+    env = dict(os.environ, **(extra_env or {}))
+    return subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def _pip(*arguments: str, extra_env: Optional[Dict[str, str]] = None) -> bool:
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]  # pip's progress is for a person
+    base = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
+    return _run([*base, *quiet, *arguments], extra_env)
+
+
+def _why_not(python: str) -> str:
+    """Why detectron2 does not import with `python`; empty where it does."""
+    probe = subprocess.run(
+        [python, "-W", "ignore", "-c", PROBE], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = [line for line in probe.stderr.splitlines() if "does not import: " in line]
+    if probe.returncode == 0:
+        return ""
+    return lines[-1].split("does not import: ")[1] if lines else probe.stderr.strip()[-300:]
+
+
+def make_venv() -> None:
+    """Makes the .venv, or mends one whose making was interrupted."""
+    if PYTHON.exists() and _run([str(PYTHON), "-c", "import pip"]):
+        return
+    say(f"making .venv with Python {platform.python_version()} ({sys.executable})")
+    if not _run([sys.executable, "-m", "venv", str(VENV)]):
+        raise SetupError(
+            "a virtual environment could not be made (on Debian and Ubuntu: "
+            "apt install python3-venv)"
+        )
+    if _why_not(sys.executable) == "":
+        share_packages_of_this_python()
+
+
+def share_packages_of_this_python() -> None:
+    """Lets the .venv see the packages of the interpreter that runs this script.
+
+    `--system-site-packages` would do this too, but not for an interpreter that is itself one of a
+    virtual environment.
+    """
+    import site
+    import sysconfig
+
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if site.ENABLE_USER_SITE:
+        folders.add(site.getusersitepackages())
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in sorted(folders)]
+    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inside = subprocess.check_output([str(PYTHON), "-c", command], text=True).strip()
+    (Path(inside) / "packages_of_the_base.pth").write_text("\n".join(lines) + "\n")
+    say(f"detectron2 imports with {sys.executable}: its packages and its torch are used")
+
+
+def install_project() -> None:
+    """Installs the build tools, torch, and this project with what it needs."""
+    say("installing torch (large: some minutes the first time), then this project")
+    pinned = [] if _base_is_shared() else ["-c", "requirements.txt"]
+    steps = [list(BUILD_TOOLS)]
+    if pinned:
+        steps.append(["-r", "requirements.txt"])
+    # No isolation: an extension must be built against the torch that is installed here.
+    steps.append(["--no-build-isolation", "-e", ".[draw,test]", *pinned])
+    for step in steps:
+        if not _pip(*step):
+            raise SetupError(
+                "pip could not install " + " ".join(step) + " (its message is above). "
+                "What is installed already is kept: run the same command again."
+            )
+
+
+def _base_is_shared() -> bool:
+    return any(VENV.glob("lib/python*/site-packages/packages_of_the_base.pth"))
+
+
+def install_detectron2(sources: List[str]) -> bool:
+    """Installs the first of `sources` that can be had; returns whether detectron2 imports."""
+    jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
+    build_env = {"MAX_JOBS": jobs, "GIT_TERMINAL_PROMPT": "0"}
+    for source in sources:
+        say(f"installing detectron2 from {source} (its build takes 5 to 10 minutes on two cores)")
+        try:
+            arguments = ["--no-build-isolation", pip_source(source)]
+        except SetupError as error:
+            say(str(error))
+            continue
+        if _pip(*arguments, extra_env=build_env) and _why_not(str(PYTHON)) == "":
+            return True
+        say(f"detectron2 could not be had from {source}")
+    return False
+
+
+def report_missing(reason: str, command: str, strict: bool) -> None:
+    """Says in one message that detectron2 is missing and what helps.
+
+    Raises:
+        SetupError: `strict`, with the same message.
+    """
+    message = (
+        f"detectron2 is missing: {reason}\n"
+        "  Name a folder, a wheel or an address that it can be had from:\n"
+        "      make DETECTRON2=... demo\n"
+        "  or install it into the environment yourself, and run make again:\n"
+        f"      . .venv/bin/activate && {command}"
+    )
+    if strict:
+        raise SetupError(message + "\n  (STRICT=1: not going on without it)")
+    say(message + "\n  Going on with what works without it.")
+
+
+def set_up(environ: Mapping[str, str]) -> None:
+    """Does what is missing of the steps that the module describes.
+
+    Raises:
+        SetupError: a step failed, or detectron2 is missing and STRICT is set.
+    """
+    check_python(sys.version_info[:2])
+    sys.path.insert(0, str(ROOT))
+    from dn_detr.requirements import DETECTRON2_INSTALL_COMMAND, DETECTRON2_SOURCE
+
+    done = steps_done(STAMP, ROOT) if PYTHON.exists() else 0
+    if done == 2 and _has_package("detectron2"):
+        return
+    lines = stamp_lines(ROOT)
+    if done == 0:
+        make_venv()
+        install_project()
+        STAMP.write_text(lines[0] + "\n")
+    if _why_not(str(PYTHON)) and not install_detectron2(
+        detectron2_sources(environ, DETECTRON2_SOURCE)
+    ):
+        strict = environ.get("STRICT", "") not in ("", "0")
+        report_missing(_why_not(str(PYTHON)), DETECTRON2_INSTALL_COMMAND, strict)
+        return
+    STAMP.write_text("\n".join(lines) + "\n")
+    say("ready")
+
+
+def _has_package(name: str) -> bool:
+    """Whether the .venv has a package of that name; fast, for it imports nothing."""
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({name!r}) is None)"
+    return _run([str(PYTHON), "-c", code])
+
+
+def main() -> int:
+    try:
+        set_up(os.environ)
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
