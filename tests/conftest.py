@@ -1,8 +1,8 @@
 """What every test run shares: how many threads, and which tests cannot run here.
 
 Tests that need detectron2 have no convention to follow if importing is what they need it for: where
-detectron2 is missing, a module (or a test) that stops with the ImportError of a missing detectron2
-counts as not run, with its number of tests. A test that needs it in another way, such as by starting
+detectron2 is missing, a module (or a test) that stops with the ImportError of a missing detectron2,
+or skips by `pytest.importorskip("detectron2")`, counts as not run, with its number of tests. A test that needs it in another way, such as by starting
 a script of tools/, carries `@pytest.mark.needs_detectron2` (or the module `pytestmark = ...`).
 The run ends with the number of tests not run; with STRICT=1 it then fails.
 
@@ -28,7 +28,12 @@ from dn_detr.requirements import DETECTRON2_INSTALL_COMMAND, require_detectron2 
 
 _STRICT = os.environ.get("STRICT", "") not in ("", "0")
 _NOT_RUN = re.compile(r"not run, detectron2 is missing: (\d+)")
-_SIGNS = ("needs detectron2, which does not import", "No module named 'detectron2")
+_SIGNS = (
+    "needs detectron2, which does not import",  # dn_detr.requirements
+    "No module named 'detectron2",  # a plain import
+    "import of detectron2 halted",  # a blocked one
+    "could not import 'detectron2",  # pytest.importorskip
+)
 
 
 def _missing_reason() -> str:
@@ -67,8 +72,8 @@ def _count_tests(path: Path) -> int:
 
 
 def _as_not_run(report: pytest.CollectReport | pytest.TestReport, path: Path, tests: int) -> None:
-    """Turns a failure into a skip if a missing detectron2 is its reason."""
-    if _MISSING and report.failed and any(sign in str(report.longrepr) for sign in _SIGNS):
+    """Makes what a missing detectron2 stopped a skip that tells the number of tests."""
+    if _MISSING and not report.passed and any(sign in str(report.longrepr) for sign in _SIGNS):
         report.outcome = "skipped"
         report.longrepr = (str(path), 0, f"Skipped: not run, detectron2 is missing: {tests} tests")
 
@@ -100,6 +105,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
