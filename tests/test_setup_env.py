@@ -1,0 +1,174 @@
+"""The set-up script's decisions; nothing is installed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM = "git+https://example.org/detectron2.git@0123"
+
+
+@pytest.fixture
+def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, its .venv in an empty folder, with neither pip nor imports."""
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    venv = tmp_path / ".venv"
+    monkeypatch.setattr(module, "VENV", venv)
+    monkeypatch.setattr(module, "PYTHON", venv / "bin" / "python")
+    monkeypatch.setattr(module, "STAMP", venv / "stamp")
+
+    module.pip_calls = []
+    module.detectron2_comes_from = None  # the pip argument that brings a working detectron2
+
+    def make_venv() -> None:
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        module.PYTHON.touch()
+
+    def pip(*arguments: str, extra_env: dict | None = None) -> bool:
+        module.pip_calls.append(arguments)
+        return "broken" not in arguments[-1]
+
+    def has_detectron2() -> bool:
+        wanted = module.detectron2_comes_from
+        return wanted == "here already" or any(wanted in call for call in module.pip_calls)
+
+    monkeypatch.setattr(module, "make_venv", make_venv)
+    monkeypatch.setattr(module, "_pip", pip)
+    monkeypatch.setattr(module, "_has_package", lambda name: has_detectron2())
+    monkeypatch.setattr(module, "_why_not", lambda python: "" if has_detectron2() else "not there")
+    return module
+
+
+def upstream() -> str:
+    from dn_detr.requirements import DETECTRON2_SOURCE
+
+    return DETECTRON2_SOURCE
+
+
+def sources_tried(env: ModuleType) -> list[str]:
+    return [c[-1] for c in env.pip_calls if c[0] == "--no-build-isolation" and "-e" not in c]
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 13)])
+def test_supported_pythons(env: ModuleType, version: tuple[int, int]) -> None:
+    env.check_python(version)
+
+
+@pytest.mark.parametrize("version", [(3, 9), (3, 14), (2, 7)])
+def test_other_pythons_are_refused_with_the_remedy(env: ModuleType, version: tuple) -> None:
+    with pytest.raises(
+        env.SetupError, match=r"3.10 to 3.13 .* {}.{}\..*\n.*PYTHON=".format(*version)
+    ):
+        env.check_python(version)
+
+
+def test_upstream_unless_something_is_named(env: ModuleType) -> None:
+    assert env.detectron2_sources({}, UPSTREAM) == [UPSTREAM]
+    assert env.detectron2_sources({"DETECTRON2": " "}, UPSTREAM) == [UPSTREAM]
+    assert env.detectron2_sources({"DETECTRON2": "a.whl"}, UPSTREAM) == ["a.whl", UPSTREAM]
+
+
+@pytest.mark.parametrize(
+    ("named", "source"),
+    [
+        ("https://example.org/d.git", "git+https://example.org/d.git"),
+        ("https://me@example.org/d.git@main", "git+https://me@example.org/d.git@main"),
+        ("git+https://example.org/d.git@0123", "git+https://example.org/d.git@0123"),
+        ("ssh://git@example.org/d.git", "git+ssh://git@example.org/d.git"),
+        ("https://example.org/d-0.6-cp311.whl", "https://example.org/d-0.6-cp311.whl"),
+    ],
+)
+def test_addresses(env: ModuleType, named: str, source: str) -> None:
+    assert env.pip_source(named) == source
+
+
+def test_folders_and_wheels(env: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "detectron2-0.6.whl"
+    wheel.touch()
+    assert env.pip_source(str(tmp_path)) == str(tmp_path)
+    assert env.pip_source(str(wheel)) == str(wheel)
+    with pytest.raises(env.SetupError, match="DETECTRON2=.*nowhere: there is no such"):
+        env.pip_source(str(tmp_path / "nowhere"))
+
+
+def test_one_that_imports_is_kept(env: ModuleType) -> None:
+    env.detectron2_comes_from = "here already"
+    env.set_up({"DETECTRON2": "https://example.org/other.git"})
+    assert sources_tried(env) == []
+
+
+def test_the_named_one_comes_first(env: ModuleType, tmp_path: Path) -> None:
+    env.detectron2_comes_from = str(tmp_path)
+    env.set_up({"DETECTRON2": str(tmp_path)})
+    assert sources_tried(env) == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("named", ["nowhere", "https://example.org/broken"])
+def test_upstream_where_the_named_one_cannot_be_had(env: ModuleType, named: str) -> None:
+    env.detectron2_comes_from = upstream()
+    env.set_up({"DETECTRON2": named})
+    assert sources_tried(env)[-1] == upstream()
+
+
+def test_a_second_run_installs_nothing(env: ModuleType) -> None:
+    env.detectron2_comes_from = upstream()
+    env.set_up({})
+    assert len(env.pip_calls) == 4  # build tools, torch, the project, detectron2
+    env.set_up({})
+    assert len(env.pip_calls) == 4
+
+
+def test_changed_pins_are_installed(env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    env.detectron2_comes_from = upstream()
+    env.set_up({})
+    monkeypatch.setattr(env, "stamp_lines", lambda root: ["another hash", "detectron2"])
+    env.set_up({})
+    assert len(env.pip_calls) == 7  # all but detectron2
+
+
+def test_a_failed_set_up_is_taken_up_again(
+    env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env.detectron2_comes_from = upstream()
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "_pip", lambda *arguments, extra_env=None: False)
+        with pytest.raises(env.SetupError, match="run the same command again"):
+            env.set_up({})
+    env.set_up({})
+    assert len(env.pip_calls) == 4
+
+
+def test_without_detectron2(env: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """One message with the remedy; the next run tries detectron2 again, and nothing else."""
+    env.detectron2_comes_from = "nowhere"
+    env.set_up({})
+    said = capsys.readouterr().out
+    assert "detectron2 is missing: not there" in said
+    assert "DETECTRON2=" in said and upstream() in said
+    before = len(env.pip_calls)
+    env.set_up({})
+    assert env.pip_calls[before:] == [("--no-build-isolation", upstream())]
+
+
+def test_without_detectron2_strictly(env: ModuleType) -> None:
+    env.detectron2_comes_from = "nowhere"
+    with pytest.raises(env.SetupError, match="detectron2 is missing(.|\n)*STRICT=1"):
+        env.set_up({"STRICT": "1"})
+
+
+def test_make_names_the_script_and_its_targets() -> None:
+    """`make -n` tells what it would do."""
+    for target, last in (("demo", "scripts/demo.sh"), ("test", "-m pytest")):
+        done = subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        first, second = done.stdout.splitlines()
+        assert "scripts/setup_env.py" in first
+        assert last in second
