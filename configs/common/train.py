@@ -19,7 +19,7 @@ train = dict(
     ),
     amp=dict(enabled=False, dtype="bfloat16"),  # or "float16", on a GPU only
     ema=dict(enabled=False, decay=0.9997),  # evaluated beside the raw weights, as bbox_ema
-    # Learning rates are for this many images a step; scale_lr adapts optimizer.lr to another number.
+    # Learning rates are for this many images a step; scale_lr adapts optimizer.lr to others.
     reference_batch_size=16,
     scale_lr=False,
     overwrite=False,  # True: start afresh in an output_dir that already holds checkpoints

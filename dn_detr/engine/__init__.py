@@ -1,1 +1,1 @@
-"""The training loop: what detectron2's engine lacks (any device, bf16, accumulation, EMA, checks)."""
+"""The training loop, as far as detectron2 lacks it: any device, bf16, accumulation, EMA, checks."""

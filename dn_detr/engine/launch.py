@@ -71,9 +71,9 @@ def guarded_main(args: argparse.Namespace) -> None:
         if not _is_ours(error):
             raise
         if comm.get_rank() == 0:
-            sys.exit(f"error: {error}")
-        if not isinstance(error, SYMMETRIC_ERRORS):
-            sys.exit(f"error (process {comm.get_rank()}): {error}")
+            sys.exit(f"error: {_message(error)}")
+        if not isinstance(error, SYMMETRIC_ERRORS) or str(error).startswith("Caught "):
+            sys.exit(f"error (process {comm.get_rank()}): {_message(error)}")
         # The first process to end takes the others with it: leave that to the one that reports.
         time.sleep(10)
         sys.exit(1)
@@ -81,10 +81,21 @@ def guarded_main(args: argparse.Namespace) -> None:
 
 def _is_ours(error: Exception) -> bool:
     """Whether dn_detr itself raised the error, with a message for the user."""
+    if type(error).__module__.split(".")[0] == "dn_detr":
+        return True
     if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return False
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    return last.f_globals.get("__name__", "").split(".")[0] == "dn_detr"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # A ValueError of a statement that raises nothing itself, such as int("x"), is a bug.
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    raised = not isinstance(error, ValueError) or line.startswith("raise")
+    return raised and frame.f_globals.get("__name__", "").split(".")[0] == "dn_detr"
+
+
+def _message(error: Exception) -> str:
+    """The message; of what a loader's worker raised, without the traceback torch puts in front."""
+    text = str(error)
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1] if text.startswith("Caught ") else text
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -95,7 +106,8 @@ def _prepare(args: argparse.Namespace) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(
-            "this script starts its own processes: run it with python and --num-gpus N, not torchrun."
+            "this script starts its own processes: run it with python and --num-gpus N, "
+            "not torchrun."
         )
     if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Checked `key=value` overrides of a LazyConfig.
 
-detectron2 applies whatever is written: a misspelt `train.max_iters=5` is stored, and ignored. Here a
-key has to exist in the config, or to be a parameter of the `_target_` that stands at its node.
+detectron2 applies whatever is written: a misspelt `train.max_iters=5` is stored, and ignored. Here
+a key has to exist in the config, or to be a parameter of the `_target_` that stands at its node.
 """
 
 from __future__ import annotations

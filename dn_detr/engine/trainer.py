@@ -128,20 +128,23 @@ class Trainer(SimpleTrainer):
                 self.storage.put_scalars(**means)
 
     def _refuse_non_finite(self, gathered: list[dict[str, float]]) -> None:
-        for rank, metrics in enumerate(gathered):
-            # A scaled float16 gradient overflows now and then: the scaler skips that step.
-            checked = {
-                name: value
-                for name, value in metrics.items()
-                if name != "grad_norm" or not self.grad_scaler.is_enabled()
-            }
-            bad = [f"{name}={value}" for name, value in checked.items() if not math.isfinite(value)]
-            if bad:
-                raise FloatingPointError(
-                    f"iteration {self.iter}, process {rank}: {', '.join(bad)}. Training stops "
-                    f"before the step; the weights are those of the iteration before. A smaller "
-                    f"optimizer.lr, or train.amp.enabled=False, may help."
-                )
+        bad = [
+            f"process {rank}: {name}={value}"
+            for rank, metrics in enumerate(gathered)
+            for name, value in metrics.items()
+            if name not in ("grad_norm", "data_time") and not math.isfinite(value)
+        ]
+        # The processes share one gradient, so it is told of only where all losses are finite. A
+        # scaled float16 gradient overflows now and then: the scaler skips that step.
+        grad_norm = gathered[0]["grad_norm"]
+        if not bad and not math.isfinite(grad_norm) and not self.grad_scaler.is_enabled():
+            bad = [f"grad_norm={grad_norm}"]
+        if bad:
+            raise FloatingPointError(
+                f"iteration {self.iter}: {', '.join(bad)}. Training stops before the step; the "
+                f"weights are those of the iteration before. A smaller optimizer.lr, or "
+                f"train.amp.enabled=False, may help."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, hooks, optimizer, and the scaler of float16 where there is one."""

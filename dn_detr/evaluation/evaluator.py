@@ -36,8 +36,8 @@ def build_evaluator(
             writes nothing.
 
     Returns:
-        an evaluator whose `evaluate()` gives `{"bbox": {"AP": 0..100, "AP50": ..., "AP-name": ...}}`
-        in the main process and `{}` in the others.
+        an evaluator whose `evaluate()` gives `{"bbox": {"AP": ..., "AP50": ..., "AP-name": ...}}`,
+        each 0..100, in the main process and `{}` in the others.
     """
     return BoxEvaluator(
         register_coco(json, images, num_classes),

@@ -121,11 +121,13 @@ class BreaksGradient(TinyDetector):
         return {**losses, "loss_ce": (losses["loss_ce"] * 0).sqrt()}
 
 
-@pytest.mark.parametrize("model, name", [(BreaksLoss, "loss_bbox"), (BreaksGradient, "grad_norm")])
+@pytest.mark.parametrize(
+    "model, name", [(BreaksLoss, "process 0: loss_bbox"), (BreaksGradient, "grad_norm")]
+)
 def test_what_is_not_finite_stops_before_the_step(model, name):
     trainer = make_trainer([make_batch(2)], model=model(CLASSES), clip_grad={"max_norm": 0.1})
     before = weights(trainer)
-    with pytest.raises(FloatingPointError, match=f"iteration 0, process 0: .*{name}=nan"):
+    with pytest.raises(FloatingPointError, match=f"iteration 0: {name}=nan"):
         run(trainer)
     for key, value in before.items():
         assert torch.equal(weights(trainer)[key], value)

@@ -5,6 +5,7 @@ Most runs are in this process; those with two processes, and the script itself, 
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from dn_detr.engine.launch import guarded_main, run
 from dn_detr.engine.main import main
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "tools" / "train_net.py")
 CONFIG = str(ROOT / "tests" / "engine" / "tiny_config.py")
 
 
@@ -57,7 +59,7 @@ def script(*options, cwd):
     """Runs tools/train_net.py itself."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "train_net.py"), *options],
+        [sys.executable, SCRIPT, *options],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         capture_output=True,
@@ -264,19 +266,36 @@ def test_two_processes_train_like_one(shapes, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_two_processes_end_with_one_message(shapes, tmp_path):
+def test_nan_in_one_process_stops_both_with_one_message(shapes, tmp_path):
     done = script(
-        *("--config-file", CONFIG, "--num-gpus", "2", shapes),
-        *(f"train.output_dir={tmp_path}", f"train.init_checkpoint={tmp_path}/none.pth"),
+        *("--config-file", CONFIG, "--num-gpus", "2", shapes, f"train.output_dir={tmp_path}"),
+        "model._target_=tests.engine.tiny.BreaksInProcessOne",
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert done.stderr.count("error") == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: Checkpoint")
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: iteration 0: process 1: loss_bbox=nan. Training stops")
+    assert not list(tmp_path.glob("*.pth"))
 
 
-def test_help_shows_the_commands(tmp_path):
-    done = script("--help", cwd=tmp_path)
-    assert done.returncode == 0
+def test_image_that_cannot_be_read_is_named(tmp_path):
+    shapes = f"dataset.root={tmp_path}/shapes"
+    train(tmp_path / "out", shapes, "train.max_iter=1")
+    image = next((tmp_path / "shapes" / "val").iterdir())
+    image.write_bytes(image.read_bytes()[:40])
+    weights = f"train.init_checkpoint={tmp_path}/out/model_final.pth"
+    for workers in (0, 1):
+        options = [shapes, weights, f"dataloader.test.num_workers={workers}"]
+        message = refused(tmp_path / "eval", *options, flags=["--eval-only"])
+        assert str(image) in message and "Traceback" not in message
+
+
+def test_help_shows_the_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--help"])
+    with pytest.raises(SystemExit) as info:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    assert not info.value.code
+    shown = capsys.readouterr().out
     for part in ("--num-gpus 8", "--dist-url tcp://FIRST_MACHINE:PORT", "--eval-only", "--resume"):
-        assert part in done.stdout
+        assert part in shown
