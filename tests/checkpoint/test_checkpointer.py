@@ -1,4 +1,5 @@
 import logging
+import os
 import pickle
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_load_can_be_tried_again_after_a_failure(tmp_path):
     with pytest.raises(CheckpointError, match="truncated"):
         checkpointer.load(str(tmp_path / "cut.pth"))
     checkpointer.load(path)
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "evil.pkl"])
+def test_no_way_of_loading_runs_code(tmp_path, name):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    path = tmp_path / name
+    data = {"model": Detector(3).state_dict() if name.endswith("pth") else {}, "x": Evil()}
+    torch.save(data, path) if name.endswith("pth") else path.write_bytes(pickle.dumps(data))
+    checkpointer = DNCheckpointer(Detector(3), str(tmp_path))
+    (tmp_path / "last_checkpoint").write_text(name)
+    with pytest.raises(CheckpointError, match="refers to posix.mkdir"):
+        checkpointer.resume_or_load("", resume=True)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match="refers to posix.mkdir"):
+            checkpointer.load_weights(str(path), categories=ABC, strict=strict)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_weights_of_a_ddp_model_load(tmp_path):

@@ -1,6 +1,7 @@
 """The converter on files as their authors would have saved them, into the shipped configs."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -236,21 +237,26 @@ def test_what_is_no_published_checkpoint_is_refused(tmp_path):
         convert(tmp_path / "deformable.pth", tmp_path / "a.pth", "dn_detr_r50_50ep")
 
 
-def test_tool(tmp_path):
+def test_tool(tmp_path, monkeypatch, capsys):
     source = save_official(tmp_path / "official.pth", "dn_dab_detr_r50_dc5")
-    command = [sys.executable, "tools/convert_checkpoint.py", str(source), str(tmp_path / "a.pth")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    output = tmp_path / "converted.pth"
+    tool = ["tools/convert_checkpoint.py", str(source), str(output), "--config-file"]
+    folder = "projects/dn_detr/configs"
 
-    def run(config: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, "--config-file", f"projects/dn_detr/configs/{config}.py"],
-            cwd=ROOT, env=environment, capture_output=True, text=True,
-        )
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*tool, f"{folder}/dn_detr_r50_50ep.py"])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_path(tool[0], run_name="__main__")
+    said = capsys.readouterr()
+    assert status.value.code == 1 and "verified" not in said.out and not output.exists()
+    assert said.err.splitlines()[-1] == f"Use --config-file {folder}/dn_detr_r50_dc5_50ep.py."
 
-    refused = run("dn_detr_r50_50ep")
-    assert refused.returncode == 1 and not (tmp_path / "a.pth").exists()
-    assert refused.stderr.splitlines()[-1].startswith("Use --config-file")
-    assert "verified" not in refused.stdout
-    done = run("dn_detr_r50_dc5_50ep")
-    assert done.returncode == 0 and "verified: loads into the model" in done.stdout
-    assert (tmp_path / "a.pth").exists()
+    done = subprocess.run(
+        [sys.executable, *tool, f"{folder}/dn_detr_r50_dc5_50ep.py", "model.num_classes=91"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "verified: loads into the model" in done.stdout and "all 91 kept" in done.stdout
+    assert output.exists()

@@ -2,6 +2,7 @@ import argparse
 import logging
 import os
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -163,6 +164,13 @@ def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert torch.equal(read_checkpoint(tmp_path / "x.safetensors")["a"], torch.ones(2))
+
+
+def test_safetensors_names_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "x.safetensors").write_bytes(b"some")
+    with pytest.raises(CheckpointError, match="pip install safetensors"):
+        read_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_legacy_torch_format_loads(tmp_path):
