@@ -270,6 +270,8 @@ def _bad_machine(cfg: DictConfig, num_processes: int) -> list[str]:
         torch.device("cpu" if device is None else device)
     except RuntimeError:
         problems.append(f"train.device={device}: expected cuda, cpu or null (the GPU if there is)")
+    if num_processes > 1 and ":" in str(device):
+        problems.append(f"train.device={device} names one GPU for {num_processes} processes: cuda")
     if on_gpu and not torch.cuda.is_available():
         problems.append(f"train.device={device}, but torch finds no GPU: train.device=cpu")
     if cfg.train.amp.dtype not in ("bfloat16", "float16"):

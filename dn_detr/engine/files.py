@@ -21,7 +21,7 @@ from dn_detr.engine.overrides import ConfigError  # noqa: E402
 logger = logging.getLogger(__name__)
 
 # What a training (and its evaluation) leaves in train.output_dir.
-CHECKPOINTS = ("model_*.pth", "last_checkpoint")
+CHECKPOINTS = ("last_checkpoint", "model_*.pth")
 RECORDS = (
     "metrics.json",
     "events.out.tfevents.*",
@@ -58,8 +58,8 @@ def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = 
     found = _matching(folder, CHECKPOINTS)
     if found and not cfg.train.overwrite:
         raise ConfigError(
-            f"train.output_dir={folder} already holds checkpoints ({found[0].name}, "
-            f"{len(found)} files). --resume goes on with that training, train.overwrite=True "
+            f"train.output_dir={folder} already holds checkpoints (such as "
+            f"{found[-1].name}). --resume goes on with that training, train.overwrite=True "
             f"starts afresh and removes it, train.output_dir=FOLDER leaves it alone."
         )
     if cfg.train.overwrite:
@@ -104,12 +104,12 @@ def _cannot_fetch(path: str, reason: str) -> str:
     return (
         f"cannot fetch the weights {os.path.basename(path)} from {url} ({reason}).\n"
         f"Download that file elsewhere and put it at {cached}, or name it: "
-        f"train.init_checkpoint=FILE. To train from scratch: train.init_checkpoint=\"''\""
+        f"train.init_checkpoint=FILE. To train from scratch: train.init_checkpoint=\"\""
     )
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
+    return [p for pattern in patterns for p in sorted(folder.glob(pattern)) if p.is_file()]
 
 
 def _clear(folder: Path, init_checkpoint: str) -> None:

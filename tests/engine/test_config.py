@@ -36,6 +36,7 @@ def refused(overrides, path=CONFIG):
         ("train.checkpointer.max_to_keep=null", "train.checkpointer.max_to_keep", None),
         ("train.output_dir=2026", "train.output_dir", "2026"),
         ("train.output_dir='${dataset.root}/out'", "train.output_dir", "./datasets/shapes/out"),
+        ("train.init_checkpoint=", "train.init_checkpoint", ""),
         ("model=null", "model", None),
         ("model.width=16", "model.width", 16),  # not in the config, but TinyDetector takes it
         ("dataloader.test.batch_size=2", "dataloader.test.batch_size", 2),
@@ -140,6 +141,12 @@ def test_gpu_that_is_not_there(data):
     cfg = load_config(CONFIG, [data, "train.device=null"])
     resolve_config(cfg)
     assert cfg.train.device == "cpu"
+
+
+def test_one_gpu_for_several_processes_is_refused(data):
+    cfg = load_config(CONFIG, [data, "train.device=cuda:1"])
+    with pytest.raises(ConfigError, match="train.device=cuda:1 names one GPU for 2 processes"):
+        resolve_config(cfg, num_processes=2)
 
 
 def test_unknown_device_is_refused(data):
