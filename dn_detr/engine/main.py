@@ -88,6 +88,9 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         checkpointer.load(source.path)
         start = trainer.iter + 1
         logger.info("Resuming after %d of %d iterations.", start, cfg.train.max_iter)
+        if start >= cfg.train.max_iter:
+            logger.info("Nothing is left to train; a larger train.max_iter would go on.")
+            return do_test(cfg, model, average)
     elif source.path:
         checkpointer.load_weights(source.path, categories=training_categories(cfg), strict=False)
     trainer.train(start, cfg.train.max_iter)

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa:
 from hydra.core.override_parser.types import Override  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig, ListConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 # What the values of `train` that may be null are, once they are given.
 NULLABLE_TYPES: dict[str, type] = {
@@ -94,7 +95,7 @@ def _hint_without_equal_sign(cfg: DictConfig, overrides: list[str], position: in
 
 def _set(cfg: DictConfig, key: str, value: Any, new: bool) -> None:
     if isinstance(value, dict) and "_target_" not in value:
-        node = OmegaConf.select(cfg, key, default=None)
+        node = _current(cfg, key)
         if isinstance(node, DictConfig):
             for name, entry in value.items():
                 _set(cfg, f"{key}.{name}", entry, new)
@@ -105,6 +106,14 @@ def _set(cfg: DictConfig, key: str, value: Any, new: bool) -> None:
         _check_key(cfg, key)
         value = _checked_value(cfg, key, value)
     OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+def _current(cfg: DictConfig, key: str) -> Any:
+    """What stands at a key; None for nothing, and for an interpolation that leads nowhere."""
+    try:
+        return OmegaConf.select(cfg, key, default=None)
+    except OmegaConfBaseException:
+        return None
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
@@ -137,7 +146,7 @@ def _check_parent(cfg: DictConfig, key: str) -> None:
     names = key.split(".")
     for end in range(1, len(names)):
         prefix = ".".join(names[:end])
-        node = OmegaConf.select(cfg, prefix, default=None)
+        node = _current(cfg, prefix)
         if node is not None and not OmegaConf.is_config(node):
             raise ConfigError(f"+{key}: {prefix} is the value {node!r} and takes no keys.")
 
@@ -207,7 +216,7 @@ def _checked_value(cfg: DictConfig, key: str, value: Any) -> Any:
     Raises:
         ConfigError: a number is replaced by what is none, or a path by what is no text.
     """
-    old = OmegaConf.select(cfg, key, default=None) if value is not None else None
+    old = _current(cfg, key)
     expected = NULLABLE_TYPES.get(key)
     if expected is None and isinstance(old, (bool, int, float, str)):
         expected = type(old)

@@ -144,6 +144,15 @@ def test_resume_goes_on_where_training_stopped(trained, shapes, tmp_path):
     assert "Resuming after 3 of 6 iterations" in (tmp_path / "log.txt").read_text()
 
 
+def test_resume_of_a_finished_training_evaluates(trained, shapes):
+    folder, results = trained
+    before = len(metrics_of(folder))
+    again = train(folder, shapes, "train.ema.enabled=True", flags=["--resume"])
+    assert same(again, results)
+    assert len(metrics_of(folder)) == before
+    assert "Nothing is left to train" in (folder / "log.txt").read_text()
+
+
 def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
     weights = trained[0] / "model_final.pth"
     options = [shapes, "train.max_iter=1", f"train.init_checkpoint={weights}"]
