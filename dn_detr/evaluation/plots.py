@@ -90,7 +90,7 @@ def plot_curves(runs: Mapping[str, str | Path], output: str | Path) -> None:
         ValueError: a file cannot be read, see `read_metrics`.
     """
     metrics = {label: read_metrics(path) for label, path in runs.items()}
-    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     losses, precision = figure.subplots(1, 2)
     for number, (label, entries) in enumerate(metrics.items()):
@@ -119,13 +119,13 @@ def _plot_precision(
     lines = (
         ("bbox/AP", "AP", "-", 1.0),
         ("bbox/AP50", "AP50", ":", 1.0),
-        ("bbox_ema/AP", "AP, averaged weights", "-", 0.45),
-        ("bbox_ema/AP50", "AP50, averaged weights", ":", 0.45),
+        ("bbox_ema/AP", "AP of EMA", "-", 0.45),
+        ("bbox_ema/AP50", "AP50 of EMA", ":", 0.45),
     )
     for name, text, style, alpha in lines:
         iterations, values = series(metrics, (name,))
         if iterations:
-            last = f"{prefix}{text} (last {values[-1]:.1f})"
+            last = f"{prefix}{text} {values[-1]:.1f}"
             axes.plot(
                 *(iterations, values, style),
                 **dict(color=color, alpha=alpha, label=last, lw=1.6, marker="o", ms=3),
@@ -138,6 +138,8 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(frameon=False, fontsize="small")
+        # Below the curves: with several runs it is too large to stand among them.
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axes.legend(**below, ncols=2, frameon=False, fontsize="small")
     else:
         axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
