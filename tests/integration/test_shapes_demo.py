@@ -1,0 +1,64 @@
+"""The demo's config through the whole of training and evaluation, scaled down to seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.engine import default_argument_parser
+
+from dn_detr.engine.main import main
+
+CONFIG = str(Path(__file__).parents[2] / "projects" / "dn_detr" / "configs" / "shapes_demo.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    generate = [f"dataset.generate.{s}" for s in ("size=64", "num_train=8", "num_val=3")]
+    return [f"dataset.root={root}", *generate]
+
+
+def run(folder, data, *overrides, flags=()):
+    small = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    small += ["dataloader.train.total_batch_size=4", "train.device=cpu", "train.log_period=1"]
+    options = ["--config-file", CONFIG, *flags, f"train.output_dir={folder}"]
+    return main(default_argument_parser().parse_args([*options, *data, *small, *overrides]))
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [row for row in rows if "total_loss" in row]
+
+
+def test_train_resume_and_evaluate(data, tmp_path):
+    run(tmp_path, data, "train.max_iter=2", "train.amp.enabled=True", "train.accumulate=2")
+    results = run(tmp_path, data, "train.max_iter=3", "train.eval_period=2", flags=["--resume"])
+    rows = losses(tmp_path)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert {"loss_ce", "loss_bbox_0", "loss_giou", "dn_loss_ce", "dn_loss_giou_0"} <= set(rows[0])
+    assert all(0 < row["total_loss"] < 100 for row in rows)
+    assert {"AP", "AP50", "AP-circle", "AP-ring"} <= set(results["bbox"])
+    assert set(results) == {"bbox", "bbox_ema"}
+    weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    again = run(tmp_path / "eval", data, weights, flags=["--eval-only"])
+    for task in results:
+        assert again[task] == pytest.approx(results[task], nan_ok=True)
+
+
+def test_denoising_can_be_switched_off(data, tmp_path):
+    run(tmp_path, data, "train.max_iter=1", "model.denoising=null")
+    (row,) = losses(tmp_path)
+    assert "loss_ce" in row and not any(name.startswith("dn_") for name in row)
+
+
+def test_training_is_the_same_with_the_same_seed(data, tmp_path):
+    for name in ("a", "b"):
+        run(tmp_path / name, data, "train.max_iter=2")
+    first, second = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in "ab"
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
