@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import List, Mapping, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -89,15 +89,29 @@ def detectron2_sources(environ: Mapping[str, str], upstream: str) -> List[str]:
     return ([named] if named else []) + [upstream]
 
 
-def _run(command: List[str], extra_env: Optional[Dict[str, str]] = None) -> bool:
-    env = dict(os.environ, **(extra_env or {}))
-    return subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode == 0
+def _run(command: List[str], **options) -> bool:
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, **options)
+    return done.returncode == 0
 
 
-def _pip(*arguments: str, extra_env: Optional[Dict[str, str]] = None) -> bool:
+def _pip(*arguments: str, **options) -> bool:
     quiet = [] if sys.stdout.isatty() else ["--quiet"]  # pip's progress is for a person
-    base = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
-    return _run([*base, *quiet, *arguments], extra_env)
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
+    return _run([*command, *quiet, *arguments], **options)
+
+
+def _pip_for_detectron2(source: str) -> str:
+    """Installs it; returns the line of pip's errors that tells the reason, or "" for success."""
+    jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
+    env = dict(os.environ, MAX_JOBS=jobs, GIT_TERMINAL_PROMPT="0")
+    log = VENV / "detectron2-install.log"
+    with log.open("w") as errors:
+        # No isolation: its build imports torch, and is to fit the one that is installed.
+        if _pip("--no-build-isolation", source, env=env, stderr=errors):
+            return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    telling = [line for sign in ("fatal:", "Error: ", "error: ") for line in lines if sign in line]
+    return f"{telling[0] if telling else 'pip failed'} (all of it: .venv/{log.name})"
 
 
 def _why_not(python: str) -> str:
@@ -167,18 +181,15 @@ def _base_is_shared() -> bool:
 
 def install_detectron2(sources: List[str]) -> bool:
     """Installs the first of `sources` that can be had; returns whether detectron2 imports."""
-    jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
-    build_env = {"MAX_JOBS": jobs, "GIT_TERMINAL_PROMPT": "0"}
     for source in sources:
         say(f"installing detectron2 from {source} (its build takes 5 to 10 minutes on two cores)")
         try:
-            arguments = ["--no-build-isolation", pip_source(source)]
+            problem = _pip_for_detectron2(pip_source(source)) or _why_not(str(PYTHON))
         except SetupError as error:
-            say(str(error))
-            continue
-        if _pip(*arguments, extra_env=build_env) and _why_not(str(PYTHON)) == "":
+            problem = str(error)
+        if not problem:
             return True
-        say(f"detectron2 could not be had from {source}")
+        say(f"detectron2 could not be had from {source}: {problem}")
     return False
 
 

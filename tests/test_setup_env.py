@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import pytest
 
@@ -31,7 +33,7 @@ def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         (venv / "bin").mkdir(parents=True, exist_ok=True)
         module.PYTHON.touch()
 
-    def pip(*arguments: str, extra_env: dict | None = None) -> bool:
+    def pip(*arguments: str, **options: object) -> bool:
         module.pip_calls.append(arguments)
         return "broken" not in arguments[-1]
 
@@ -117,6 +119,19 @@ def test_upstream_where_the_named_one_cannot_be_had(env: ModuleType, named: str)
     assert sources_tried(env)[-1] == upstream()
 
 
+def test_the_reason_of_a_failure_is_one_line(
+    env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(*arguments: str, stderr: TextIO, **options: object) -> bool:
+        stderr.write("error: subprocess-exited-with-error\n  fatal: unable to access\nnote: ...\n")
+        return False
+
+    monkeypatch.setattr(env, "_pip", pip)
+    env.make_venv()
+    reason = env._pip_for_detectron2("git+https://example.org/d.git")
+    assert reason == "fatal: unable to access (all of it: .venv/detectron2-install.log)"
+
+
 def test_a_second_run_installs_nothing(env: ModuleType) -> None:
     env.detectron2_comes_from = upstream()
     env.set_up({})
@@ -138,7 +153,7 @@ def test_a_failed_set_up_is_taken_up_again(
 ) -> None:
     env.detectron2_comes_from = upstream()
     with monkeypatch.context() as patch:
-        patch.setattr(env, "_pip", lambda *arguments, extra_env=None: False)
+        patch.setattr(env, "_pip", lambda *arguments, **options: False)
         with pytest.raises(env.SetupError, match="run the same command again"):
             env.set_up({})
     env.set_up({})
@@ -165,9 +180,16 @@ def test_without_detectron2_strictly(env: ModuleType) -> None:
 
 def test_make_names_the_script_and_its_targets() -> None:
     """`make -n` tells what it would do."""
+    # What `make test` hands to the make that a test starts is not for this one.
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     for target, last in (("demo", "scripts/demo.sh"), ("test", "-m pytest")):
         done = subprocess.run(
-            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "-n", target],
+            cwd=ROOT,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         first, second = done.stdout.splitlines()
         assert "scripts/setup_env.py" in first
