@@ -55,24 +55,24 @@ def build_resnet(
 def build_small_resnet(
     channels: Sequence[int] = (32, 64, 128),
     blocks: Sequence[int] = (1, 2, 1),
-    out_features: Sequence[str] = ("res3", "res4"),
+    strides: Sequence[int] = (1, 2, 1),
     norm: str = "BN",
 ) -> ResNet:
-    """Narrow ResNet for small images and training from scratch: strides 4, 8, 16, ... with two-convolution blocks.
+    """Narrow ResNet of two-convolution blocks, for small images and training from scratch; nothing is frozen.
 
     Args:
-        channels: channels of res2, res3, ...
+        channels: channels of the stages res2, res3, ...; the last one is the output.
         blocks: number of blocks in each.
-        out_features: stages to return.
-        norm: normalisation layer, in detectron2's words; nothing is frozen.
+        strides: stride of each, behind the stem's 4: the default output has stride 8.
+        norm: normalisation layer, in detectron2's words.
     """
     stages, in_channels = [], channels[0]
-    for index, (out_channels, num_blocks) in enumerate(zip(channels, blocks)):
+    for out_channels, num_blocks, stride in zip(channels, blocks, strides, strict=True):
         stages.append(
             ResNet.make_stage(
                 BasicBlock,
                 num_blocks,
-                stride_per_block=[1 if index == 0 else 2] + [1] * (num_blocks - 1),
+                stride_per_block=[stride] + [1] * (num_blocks - 1),
                 in_channels=in_channels,
                 out_channels=out_channels,
                 norm=norm,
@@ -80,4 +80,4 @@ def build_small_resnet(
         )
         in_channels = out_channels
     stem = BasicStem(in_channels=3, out_channels=channels[0], norm=norm)
-    return ResNet(stem, stages, out_features=list(out_features))
+    return ResNet(stem, stages, out_features=[f"res{len(stages) + 1}"])

@@ -166,6 +166,7 @@ class DNDETR(nn.Module):
             labels.append(x["instances"].gt_classes)
         return Targets.pad(labels, boxes).to(self.device)
 
+    @torch.no_grad()
     def detections(
         self, predictions: Predictions, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:

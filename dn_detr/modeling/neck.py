@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -37,9 +38,11 @@ class SingleLevelNeck(nn.Module):
         shape = tuple(feature.shape[-2:])
         # Nearest, as published; a cell counts as image where its first pixel does.
         mask = interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5
+        position = self.position_encoding(mask).flatten(1, 2)
         return Tokens(
             features=feature.flatten(2).transpose(1, 2),
-            position=self.position_encoding(mask).flatten(1, 2),
+            # Wider than float32 for a wider model, never narrower under autocast.
+            position=position.to(torch.promote_types(feature.dtype, position.dtype)),
             padding_mask=mask.flatten(1) if padded else None,
             shapes=(shape,),
         )
