@@ -160,13 +160,15 @@ def share_packages_of_this_python() -> None:
 
 def install_project() -> None:
     """Installs the build tools, torch, and this project with what it needs."""
-    say("installing torch (large: some minutes the first time), then this project")
-    pinned = [] if _base_is_shared() else ["-c", "requirements.txt"]
-    steps = [list(BUILD_TOOLS)]
-    if pinned:
-        steps.append(["-r", "requirements.txt"])
     # No isolation: an extension must be built against the torch that is installed here.
-    steps.append(["--no-build-isolation", "-e", ".[draw,test]", *pinned])
+    project = ["--no-build-isolation", "-e", ".[draw,test]"]
+    if _base_is_shared():
+        say("installing this project")
+        steps = [list(BUILD_TOOLS), project]
+    else:
+        say("installing torch (large: some minutes the first time), then this project")
+        pins = "requirements.txt"
+        steps = [list(BUILD_TOOLS), ["-r", pins], [*project, "-c", pins]]
     for step in steps:
         if not _pip(*step):
             raise SetupError(
