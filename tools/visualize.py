@@ -9,7 +9,7 @@ Without --weights: the best checkpoint in the config's train.output_dir.
 import argparse
 import sys
 
-from dn_detr.engine.config import load_config
+from dn_detr.engine.config import load_config, resolve_config
 from dn_detr.evaluation.pictures import draw_validation
 from dn_detr.evaluation.predictor import Predictor, find_weights
 
@@ -34,6 +34,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args.config_file, args.opts)
+    resolve_config(cfg, eval_only=True)  # makes built-in data that is not there yet
     predictor = Predictor(cfg, find_weights(cfg, args.weights), averaged=not args.raw)
     print(f"Weights: {predictor.source}")
     sheet = draw_validation(cfg, predictor, args.output, args.num_images, args.threshold, args.seed)

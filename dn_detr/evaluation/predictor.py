@@ -62,7 +62,7 @@ class Predictor:
             self.model.load_state_dict(rest["ema"]["model"])
             self.source = f"{path} (averaged weights)"
         mapper = instantiate(cfg.dataloader.test.mapper)
-        self._augmentations = T.AugmentationList(list(mapper.augmentations))
+        self._augmentations = mapper.augmentations
         self._image_format: str = mapper.image_format
 
     @torch.no_grad()
