@@ -136,6 +136,7 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("iteration")
     axes.set_ylabel(unit)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     if axes.lines:
         # Below the curves: with several runs it is too large to stand among them.
