@@ -8,6 +8,7 @@ reads the pinned commit from it before anything is installed.
 from __future__ import annotations
 
 import importlib
+import warnings
 from importlib import metadata
 
 DETECTRON2_REPOSITORY = "https://github.com/facebookresearch/detectron2.git"
@@ -29,6 +30,8 @@ def require_detectron2() -> None:
         ImportError: detectron2 does not import. The message names the reason, the torch that is
             installed (detectron2 is built against it) and the command that installs detectron2.
     """
+    # detectron2 uses torch.jit.script at import; its users can do nothing about that.
+    warnings.filterwarnings("ignore", r".*torch\.jit\.script.*deprecated", FutureWarning)
     try:
         # Its layers, for they fail where torch and torchvision do not fit, or cannot be had;
         # whoever uses any of detectron2 imports them.

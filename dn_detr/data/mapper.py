@@ -70,7 +70,8 @@ class DetrDatasetMapper:
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
         file_name = dataset_dict["file_name"]
         try:
-            image = detection_utils.read_image(file_name, format=self.image_format)
+            # A copy: augmentations may write to it, and Pillow's own memory is read-only.
+            image = detection_utils.read_image(file_name, format=self.image_format).copy()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             # SyntaxError and ValueError are what Pillow raises for some broken files.
             raise DatasetError(

@@ -12,6 +12,7 @@ require_detectron2()
 from detectron2.evaluation import COCOEvaluator  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
+from dn_detr.data.check import complete_annotations  # noqa: E402
 from dn_detr.data.datasets import register_coco  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,15 @@ def build_evaluator(
 
 
 class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator that gives AP 0, not NaN or nothing, to a model that finds nothing."""
+    """COCOEvaluator for any COCO-format file.
+
+    A model that finds nothing gets AP 0, not NaN or nothing; what annotations may leave out (``iscrowd``, ``area``)
+    is filled in as for training, where pycocotools would stop.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        complete_annotations(self._coco_api.dataset["annotations"])
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         results = super().evaluate(img_ids)

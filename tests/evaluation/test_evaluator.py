@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +99,11 @@ def test_no_detection_is_ap_0_and_said(dataset, detections, caplog, monkeypatch)
     results = evaluate(path, detections)["bbox"]
     assert results["AP"] == results["AP50"] == results["AP-c7"] == 0.0
     assert "The model predicts no box in any image: AP is 0." in caplog.text
+
+
+def test_annotations_without_iscrowd_and_area_are_evaluated(dataset):
+    path, content = dataset
+    for annotation in content["annotations"]:
+        del annotation["iscrowd"], annotation["area"]
+    Path(path).write_text(json.dumps(content))
+    assert evaluate(path, perfect(content, {2: 0, 7: 2}))["bbox"]["AP"] == pytest.approx(100)
