@@ -76,11 +76,14 @@ class ConditionalCrossAttention(nn.Module):
         self.output = nn.Linear(embed_dim, embed_dim)
         nn.init.zeros_(self.output.bias)
 
-    def align_positions(self) -> None:
+    def align_positions(self, gain: float = 1.0) -> None:
         """Start the projections of query and key positions equal, each head taking every H-th frequency.
 
         Then position similarity is a bump around the anchor from the first step on, which a short training
         cannot learn from random projections. Needs position codes of one temperature and scale on both sides.
+
+        Args:
+            gain: factor of either projection; the greater, the narrower the bump.
         """
         dim = self.query_sine.in_features
         # Input channels as (coordinate, frequency, sine or cosine), output channels grouped by head.
@@ -89,7 +92,7 @@ class ConditionalCrossAttention(nn.Module):
         permutation = torch.eye(dim)[torch.cat(order)]
         for projection in (self.query_sine, self.key_position):
             with torch.no_grad():
-                projection.weight.copy_(permutation)
+                projection.weight.copy_(gain * permutation)
             nn.init.zeros_(projection.bias)
 
     def forward(

@@ -63,9 +63,9 @@ class DABDecoder(nn.Module):
         num_layers: L.
         activation: "prelu" (published), "relu" or "gelu".
         anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published: 10000 and 2 pi).
-        aligned_positions: start with cross-attention that looks at the anchor, see
-            `ConditionalCrossAttention.align_positions`, and with position scales of 1. Not in the paper; for
-            short training.
+        aligned_positions: start with cross-attention that looks at the anchor, by this gain (see
+            `ConditionalCrossAttention.align_positions`), and with position scales of 1. For short training; 0 is the
+            published start, Xavier.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class DABDecoder(nn.Module):
         activation: str = "prelu",
         anchor_temperature: float = 10000,
         anchor_scale: float = 2 * math.pi,
-        aligned_positions: bool = False,
+        aligned_positions: float = 0.0,
     ):
         super().__init__()
         self.embed_dim = embed_dim
@@ -94,7 +94,7 @@ class DABDecoder(nn.Module):
         xavier_uniform(self)
         if aligned_positions:
             for layer in self.layers:
-                layer.cross_attn.align_positions()
+                layer.cross_attn.align_positions(gain=aligned_positions)
             nn.init.zeros_(self.position_scale.layers[-1].weight)
             nn.init.ones_(self.position_scale.layers[-1].bias)
 

@@ -29,6 +29,8 @@ class AnchorQueries(nn.Module):
         anchor_init: "normal": logits from N(0, 1), as published; "uniform_centers": centres uniform over the image
             (`random_refpoints_xy` of the published code, which means to freeze them but does not); "grid": centres
             on a grid with width and height 0.3, which suits few queries and short training.
+        label_std: standard deviation of the first label embeddings; 1 as published. The smaller, the more of the
+            first layers' output is what attention found.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class AnchorQueries(nn.Module):
         num_patterns: int = 0,
         content: str = "unknown_label",
         anchor_init: str = "normal",
+        label_std: float = 1.0,
     ):
         super().__init__()
         if content not in CONTENTS:
@@ -50,6 +53,8 @@ class AnchorQueries(nn.Module):
         self.label_embed = (
             nn.Embedding(num_classes + 1, embed_dim - 1) if content == "unknown_label" else None
         )
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=label_std)
 
     def forward(self, batch_size: int, noised: NoisedTargets | None = None) -> Queries:
         """Queries of a batch: ``[denoising slots | matching queries]``.

@@ -22,9 +22,10 @@ model.encoder.update(num_heads=4, feedforward_dim=256, num_layers=1, activation=
 model.decoder.update(num_heads=4, feedforward_dim=256, num_layers=3, activation="relu")
 model.decoder.anchor_temperature = "${..neck.position_encoding.temperature}"
 model.decoder.anchor_scale = "${..neck.position_encoding.scale}"
-model.decoder.aligned_positions = True
+model.decoder.aligned_positions = 2.2
 model.queries.num_queries = 40
 model.queries.anchor_init = "grid"
+model.queries.label_std = 0.3
 model.criterion.update(ce_weight=5.0, dn_normalizer="global")
 model.denoising.groups = 4
 model.denoising.mask_unused = True
