@@ -99,13 +99,13 @@ class DABDecoder(nn.Module):
             nn.init.ones_(self.position_scale.layers[-1].bias)
 
     def forward(
-        self, queries: Queries, memory: Tokens, refine: Callable[[Tensor, Tensor], Tensor]
+        self, queries: Queries, memory: Tokens, refine: Callable[[int, Tensor, Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             queries: Q queries.
             memory: S encoded tokens.
-            refine: the box head, (states [B, Q, D], anchors [B, Q, 4]) -> moved anchors [B, Q, 4].
+            refine: the box head, (layer, states [B, Q, D], anchors [B, Q, 4]) -> moved anchors [B, Q, 4].
 
         Returns:
             states [L, B, Q, D] behind the final norm, and anchors [L, B, Q, 4] that each layer started from. The
@@ -122,7 +122,7 @@ class DABDecoder(nn.Module):
             content = layer(content, self.anchor_position(code), sine, memory, queries.allowed)
             all_states.append(self.norm(content))
             if i + 1 < len(self.layers):
-                all_anchors.append(refine(content, anchors))
+                all_anchors.append(refine(i, content, anchors))
         return torch.stack(all_states), torch.stack(all_anchors)
 
     def _modulate(self, code: Tensor, content: Tensor, anchors: Tensor, is_first: bool) -> Tensor:

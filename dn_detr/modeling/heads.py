@@ -1,7 +1,9 @@
 """Prediction heads: classes by sigmoid, boxes as offsets to anchors in logit space."""
 
 import math
+from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 from dn_detr.layers import MLP, inverse_sigmoid
@@ -12,29 +14,42 @@ PRIOR = 0.01
 
 
 class DetectionHeads(nn.Module):
-    """One linear class head and one three-layer box head, shared by all decoder layers.
+    """A linear class head and a three-layer box head.
 
     The box head starts at zero: the first boxes are the anchors.
 
     Args:
         embed_dim: D.
         num_classes: C. There is no background row.
+        num_layers: None: one of each for all decoder layers (DAB-DETR, DN-DETR); a number: one of each for every
+            layer, equal at the start (the deformable models).
     """
 
-    def __init__(self, embed_dim: int, num_classes: int):
+    def __init__(self, embed_dim: int, num_classes: int, num_layers: int | None = None):
         super().__init__()
-        self.class_embed = nn.Linear(embed_dim, num_classes)
-        self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - PRIOR) / PRIOR))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        class_embed = nn.Linear(embed_dim, num_classes)
+        bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
+        nn.init.constant_(class_embed.bias, -math.log((1 - PRIOR) / PRIOR))
+        nn.init.zeros_(bbox_embed.layers[-1].weight)
+        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        self.shared = num_layers is None
+        if not self.shared:
+            class_embed = nn.ModuleList(deepcopy(class_embed) for _ in range(num_layers))
+            bbox_embed = nn.ModuleList(deepcopy(bbox_embed) for _ in range(num_layers))
+        self.class_embed = class_embed
+        self.bbox_embed = bbox_embed
 
-    def refine(self, states: Tensor, anchors: Tensor) -> Tensor:
-        """states [..., D], anchors [..., 4] in 0..1 -> boxes [..., 4] in 0..1, cxcywh, float32"""
-        return (self.bbox_embed(states) + inverse_sigmoid(anchors)).sigmoid()
+    def refine(self, layer: int, states: Tensor, anchors: Tensor) -> Tensor:
+        """states [..., D] of a decoder layer, anchors [..., 4] in 0..1 -> boxes [..., 4] in 0..1, cxcywh, float32"""
+        bbox_embed = self.bbox_embed if self.shared else self.bbox_embed[layer]
+        return (bbox_embed(states) + inverse_sigmoid(anchors)).sigmoid()
 
     def forward(self, states: Tensor, anchors: Tensor) -> Predictions:
         """states [L, B, Q, D], anchors [L, B, Q, 4] that each layer started from -> predictions of all layers"""
-        return Predictions(
-            logits=self.class_embed(states).float(), boxes=self.refine(states, anchors)
-        )
+        if self.shared:
+            return Predictions(
+                logits=self.class_embed(states).float(), boxes=self.refine(-1, states, anchors)
+            )
+        logits = [head(state) for head, state in zip(self.class_embed, states, strict=True)]
+        boxes = [self.refine(i, *pair) for i, pair in enumerate(zip(states, anchors, strict=True))]
+        return Predictions(logits=torch.stack(logits).float(), boxes=torch.stack(boxes))

@@ -100,6 +100,23 @@ def test_batched_equals_single():
         torch.testing.assert_close(batched.boxes[:, image], single.boxes[:, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_heads_of_every_layer_start_as_the_shared_one_and_then_differ():
+    torch.manual_seed(0)
+    shared = DetectionHeads(D, C)
+    own = DetectionHeads(D, C, num_layers=3)
+    for i in range(3):
+        own.class_embed[i].load_state_dict(shared.class_embed.state_dict())
+        own.bbox_embed[i].load_state_dict(shared.bbox_embed.state_dict())
+    states, anchors = torch.randn(3, 2, QUERIES, D), torch.rand(3, 2, QUERIES, 4)
+    a, b = shared(states, anchors), own(states, anchors)
+    torch.testing.assert_close(a.logits, b.logits)
+    torch.testing.assert_close(a.boxes, b.boxes)
+    torch.nn.init.normal_(own.bbox_embed[1].layers[-1].weight)
+    changed = (own(states, anchors).boxes - b.boxes).abs().amax((1, 2, 3)) > 0
+    assert changed.tolist() == [False, True, False]
+    assert torch.equal(own.refine(1, states[1], anchors[1]), own(states, anchors).boxes[1])
+
+
 def test_first_boxes_are_the_anchors():
     model = Transformer()
     model.heads = DetectionHeads(D, C)
@@ -115,8 +132,8 @@ def test_loss_of_a_layer_trains_the_refinement_of_the_one_before_and_no_earlier(
     states = torch.randn(3, 2, QUERIES, D, requires_grad=True)
     seen = []
 
-    def refine(content, anchors):
-        boxes = model.heads.refine(states[len(seen)], anchors)
+    def refine(layer, content, anchors):
+        boxes = model.heads.refine(layer, states[layer], anchors)
         seen.append(boxes)
         return boxes
 

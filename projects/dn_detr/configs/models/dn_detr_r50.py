@@ -45,7 +45,11 @@ model = L(DNDETR)(
         num_layers=6,
         activation="prelu",
     ),
-    heads=L(DetectionHeads)(embed_dim="${..neck.embed_dim}", num_classes="${..num_classes}"),
+    heads=L(DetectionHeads)(
+        embed_dim="${..neck.embed_dim}",
+        num_classes="${..num_classes}",
+        num_layers=None,  # null: one class and one box head for all decoder layers
+    ),
     criterion=L(SetCriterion)(
         # The class cost of the matcher is twice the class loss weight: both as published.
         matcher=L(HungarianMatcher)(class_cost=2.0, bbox_cost=5.0, giou_cost=2.0),

@@ -23,6 +23,7 @@ model.decoder.update(num_heads=4, feedforward_dim=256, num_layers=3, activation=
 model.decoder.anchor_temperature = "${..neck.position_encoding.temperature}"
 model.decoder.anchor_scale = "${..neck.position_encoding.scale}"
 model.decoder.aligned_positions = 2.2
+model.heads.num_layers = "${..decoder.num_layers}"
 model.queries.num_queries = 40
 model.queries.anchor_init = "grid"
 model.queries.label_std = 0.3
