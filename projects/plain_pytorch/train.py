@@ -249,7 +249,7 @@ def draw(image: Tensor, title: str, boxes: Tensor, texts: list[str]) -> Image.Im
     return picture
 
 
-def draw_predictions(path: Path, split: Split, found: list, threshold: float = 0.4) -> None:
+def draw_predictions(path: Path, split: Split, found: list, threshold: float = 0.3) -> None:
     """The first eight images: predictions of at least `threshold`, below them the ground truth."""
     sheet = Image.new("RGB", (4 * 262, 4 * 276), "white")
     for i, (image, (scores, labels, boxes)) in enumerate(zip(split.images[:8], found)):
@@ -310,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a small DN-DETR, in plain PyTorch.")
     parser.add_argument("--output", required=True, help="folder for weights, curve and picture")
     parser.add_argument("--data", default="datasets/shapes", help="folder; made when missing")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
