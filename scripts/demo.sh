@@ -22,7 +22,7 @@ fi
 
 "$python" tools/train_net.py --config-file "$config" \
     train.output_dir="$output" train.overwrite=True
-"$python" tools/visualize.py --config-file "$config" --output "$output/pictures" \
+"$python" tools/visualize.py --config-file "$config" --output "$output/pictures" --threshold 0.3 \
     train.output_dir="$output"
 "$python" tools/plot_metrics.py "$output" --output "$output/curves.png"
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from dn_detr.requirements import require_detectron2
 
 require_detectron2()
@@ -80,4 +82,6 @@ def build_small_resnet(
         )
         in_channels = out_channels
     stem = BasicStem(in_channels=3, out_channels=channels[0], norm=norm)
-    return ResNet(stem, stages, out_features=[f"res{len(stages) + 1}"])
+    resnet = ResNet(stem, stages, out_features=[f"res{len(stages) + 1}"])
+    # The layout that convolutions on a CPU prefer; it passes from the weights to the feature maps.
+    return resnet.to(memory_format=torch.channels_last)

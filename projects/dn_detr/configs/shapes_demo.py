@@ -6,13 +6,14 @@ from ....configs.common.schedules import lr_multiplier_warmup_cosine as lr_multi
 from ....configs.common.train import train
 from .models.small_dn_detr import model
 
-optimizer.lr = 5e-4
-optimizer.params.lr_factor_func.factor = 2.0  # the backbone starts from scratch
+optimizer.lr = 3e-4
+optimizer.params.lr_factor_func.factor = 6.0  # the backbone starts from scratch
+optimizer.fused = True
 
 train.init_checkpoint = ""
-train.max_iter = 1500
+train.max_iter = 1600
 train.reference_batch_size = 8
-train.eval_period = 0  # at the end only
+train.eval_period = 800
 train.log_period = 50
 train.clip_grad.params.max_norm = 0.5
 train.ema.enabled = True
