@@ -90,9 +90,7 @@ def _read_summary(path: str) -> tuple[tuple[tuple[int, str], ...], int]:
 
 
 @functools.lru_cache(maxsize=16)  # COCO's training file takes seconds to parse
-def _cached_summary(
-    path: str, mtime_ns: int, size: int
-) -> tuple[tuple[tuple[int, str], ...], int]:
+def _cached_summary(path: str, mtime_ns: int, size: int) -> tuple[tuple[tuple[int, str], ...], int]:
     content = read_json(path)
     images = content.get("images")
     if not isinstance(images, list):

@@ -281,5 +281,8 @@ def _log(report: DatasetReport, path: str) -> None:
         logger.warning(
             "%s: %d boxes clipped to their image, %d dropped that have no area inside it, "
             "%d annotations given a missing 'iscrowd' (0) or 'area' (that of the box)",
-            path, report.clipped, report.dropped, report.filled,
+            path,
+            report.clipped,
+            report.dropped,
+            report.filled,
         )

@@ -227,14 +227,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of ``python -m dn_detr.data.shapes``."""
     parser = argparse.ArgumentParser(description="Makes the shapes data set in COCO format.")
     parser.add_argument("root", help="folder of the set")
-    parser.add_argument("--size", type=int, nargs="+", default=[128], metavar="PIXELS",
-                        help="side of square images, or height and width (default 128)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="PIXELS",
+        help="side of square images, or height and width (default 128)",
+    )
     parser.add_argument("--num-train", type=int, default=3000)
     parser.add_argument("--num-val", type=int, default=300)
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), choices=CLASSES)
     parser.add_argument("--objects", type=int, nargs=2, default=[1, 6], metavar=("LEAST", "MOST"))
-    parser.add_argument("--shape-size", type=float, nargs=2, metavar=("LEAST", "MOST"),
-                        help="shape side as a part of the shorter image side")
+    parser.add_argument(
+        "--shape-size",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="shape side as a part of the shorter image side",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     args = vars(parser.parse_args(argv))

@@ -1,6 +1,5 @@
 """Who may see whom in the decoder's self-attention (DN-DETR, Li et al., CVPR 2022, sec. 4.4)."""
 
-import torch
 from torch import Tensor
 
 SHARED = -1

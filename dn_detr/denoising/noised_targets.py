@@ -79,7 +79,9 @@ class NoisedTargets:
         mask = group_attention_mask(torch.cat([group, group.new_full((num_matching,), SHARED)]))
         if not self.mask_unused:
             return mask
-        unused = torch.cat([~self.valid, self.valid.new_zeros(len(self.valid), num_matching)], dim=1)
+        unused = torch.cat(
+            [~self.valid, self.valid.new_zeros(len(self.valid), num_matching)], dim=1
+        )
         # An unused slot still sees itself: a row that sees nothing would turn into NaN.
         itself = torch.eye(mask.shape[0], dtype=torch.bool, device=device)
         return mask | (unused[:, None, :] & ~itself)

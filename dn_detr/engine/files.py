@@ -104,7 +104,7 @@ def _cannot_fetch(path: str, reason: str) -> str:
     return (
         f"cannot fetch the weights {os.path.basename(path)} from {url} ({reason}).\n"
         f"Download that file elsewhere and put it at {cached}, or name it: "
-        f"train.init_checkpoint=FILE. To train from scratch: train.init_checkpoint=\"\""
+        f'train.init_checkpoint=FILE. To train from scratch: train.init_checkpoint=""'
     )
 
 

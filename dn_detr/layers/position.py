@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 
-def sine_encode(values: Tensor, channels: int, temperature: float, scale: float = 2 * math.pi) -> Tensor:
+def sine_encode(
+    values: Tensor, channels: int, temperature: float, scale: float = 2 * math.pi
+) -> Tensor:
     """Code every number of `values` by `channels` sines and cosines, interleaved.
 
     Channel j is ``sin`` (j even) or ``cos`` (j odd) of ``scale * value / temperature ** (2 * (j // 2) / channels)``.
@@ -52,7 +54,11 @@ class SinePositionEncoding(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, temperature: float = 20, scale: float = 2 * math.pi, offset: float = 0.0
+        self,
+        embed_dim: int,
+        temperature: float = 20,
+        scale: float = 2 * math.pi,
+        offset: float = 0.0,
     ):
         super().__init__()
         self.embed_dim = embed_dim

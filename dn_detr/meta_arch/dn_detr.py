@@ -156,7 +156,9 @@ class DNDETR(nn.Module):
     def targets(self, batched_inputs: list[dict]) -> Targets:
         """Ground truth, normalised by the unpadded size and padded while it is still on the CPU."""
         if "instances" not in batched_inputs[0]:
-            raise ValueError("training needs 'instances' with gt_boxes and gt_classes in every input")
+            raise ValueError(
+                "training needs 'instances' with gt_boxes and gt_classes in every input"
+            )
         labels, boxes = [], []
         for x in batched_inputs:
             height, width = x["instances"].image_size

@@ -32,7 +32,12 @@ class DABDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(embed_dim)
 
     def forward(
-        self, content: Tensor, position: Tensor, sine: Tensor, memory: Tokens, allowed: Tensor | None
+        self,
+        content: Tensor,
+        position: Tensor,
+        sine: Tensor,
+        memory: Tokens,
+        allowed: Tensor | None,
     ) -> Tensor:
         """content, position, sine [B, Q, D]; allowed [.., 1, Q, Q] True where queries see each other -> [B, Q, D]"""
         content = self.norm1(content + self.self_attn(content, position, allowed))

@@ -79,9 +79,7 @@ class HungarianMatcher:
             box_convert(wanted, "cxcywh", "xyxy")[..., None, :, :],
         )
         return (
-            self.class_cost * (present - absent)
-            + self.bbox_cost * distance
-            - self.giou_cost * giou
+            self.class_cost * (present - absent) + self.bbox_cost * distance - self.giou_cost * giou
         )
 
 

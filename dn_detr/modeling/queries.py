@@ -105,7 +105,9 @@ def initial_anchors(num_queries: int, init: str) -> Tensor:
     if init == "normal":
         return torch.randn(num_queries, 4)
     if init == "uniform_centers":
-        return torch.cat([inverse_sigmoid(torch.rand(num_queries, 2)), torch.randn(num_queries, 2)], 1)
+        return torch.cat(
+            [inverse_sigmoid(torch.rand(num_queries, 2)), torch.randn(num_queries, 2)], 1
+        )
     if init == "grid":
         side = -int(-(num_queries**0.5) // 1)
         # Spread over the whole grid, should it have more cells than there are queries.

@@ -52,9 +52,7 @@ def weights(trainer):
 def test_accumulated_batches_equal_the_big_batch(clip_grad):
     images = make_batch(6)
     whole = make_trainer([images], clip_grad=clip_grad)
-    parts = make_trainer(
-        [images[:2], images[2:4], images[4:]], accumulate=3, clip_grad=clip_grad
-    )
+    parts = make_trainer([images[:2], images[2:4], images[4:]], accumulate=3, clip_grad=clip_grad)
     metrics, metrics_of_parts = run(whole), run(parts)
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, rtol=1e-5, atol=1e-7)
@@ -71,8 +69,9 @@ def test_metrics_are_those_of_detectron2():
 
 
 def test_gradient_is_clipped_over_all_parameters_together():
-    free, clipped = make_trainer([make_batch(3)]), make_trainer(
-        [make_batch(3)], clip_grad={"max_norm": 0.01}
+    free, clipped = (
+        make_trainer([make_batch(3)]),
+        make_trainer([make_batch(3)], clip_grad={"max_norm": 0.01}),
     )
     before = weights(free)
     norm = run(free)["grad_norm"]

@@ -18,7 +18,9 @@ def test_every_feed_forward_block_has_its_own_slope():
     a, b = FeedForward(4, 8, "prelu"), FeedForward(4, 8, "prelu")
     assert a.activation.weight is not b.activation.weight
     x = torch.randn(2, 4)
-    torch.testing.assert_close(a(x), a.linear2(torch.nn.functional.prelu(a.linear1(x), torch.tensor([0.25]))))
+    torch.testing.assert_close(
+        a(x), a.linear2(torch.nn.functional.prelu(a.linear1(x), torch.tensor([0.25])))
+    )
 
 
 def test_an_unknown_activation_is_refused_with_the_valid_ones():

@@ -14,7 +14,9 @@ def test_sine_encode_follows_the_formula(temperature):
     code = sine_encode(torch.tensor([value]), channels, temperature)[0]
     for j in range(channels):
         angle = 2 * math.pi * value / temperature ** (2 * (j // 2) / channels)
-        assert code[j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-6)
+        assert code[j].item() == pytest.approx(
+            math.cos(angle) if j % 2 else math.sin(angle), abs=1e-6
+        )
 
 
 def test_anchor_code_has_the_order_y_x_w_h():

@@ -12,7 +12,10 @@ def test_stride_and_dilations_of_the_last_stage(dc5, stride, dilations):
     assert [block.conv2.dilation[0] for block in backbone.res5] == dilations
     assert backbone.output_shape()["res5"].stride == stride
     with torch.no_grad():
-        assert backbone(torch.zeros(1, 3, 65, 97))["res5"].shape[-2:] == (-(-65 // stride), -(-97 // stride))
+        assert backbone(torch.zeros(1, 3, 65, 97))["res5"].shape[-2:] == (
+            -(-65 // stride),
+            -(-97 // stride),
+        )
 
 
 def test_stride_is_in_the_3x3_convolutions():

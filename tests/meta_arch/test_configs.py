@@ -52,13 +52,19 @@ def test_a_config_has_the_words_of_every_config(path):
     for node, words in WORDS.items():
         assert set(words.split()) <= set(cfg[node].keys())
     assert cfg.model.num_classes is None and path.stem in cfg.train.output_dir
-    assert instantiate(cfg.lr_multiplier)(0.0) <= 1 and 0 < instantiate(cfg.lr_multiplier)(0.999) <= 0.1
+    assert (
+        instantiate(cfg.lr_multiplier)(0.0) <= 1
+        and 0 < instantiate(cfg.lr_multiplier)(0.999) <= 0.1
+    )
 
 
 @by_name([path for path in CONFIGS if path.stem in NUM_PARAMETERS])
 def test_parameters_are_as_many_as_published(path):
     model = instantiate(load(path, "model.num_classes=91").model)
-    counted = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (0, 1)]
+    counted = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+        for trained in (0, 1)
+    ]
     assert tuple(counted) == NUM_PARAMETERS[path.stem]
 
 

@@ -68,8 +68,12 @@ def test_every_batch_gives_the_same_loss_names_and_trains_every_parameter(batch,
 def test_evaluation_gives_sorted_clipped_instances_of_the_output_size():
     model = build("model.detections_per_image=7").eval()
     with torch.no_grad():
-        outputs = model([make_input(height=96, width=64, seed=1) | {"height": 192, "width": 640},
-                         make_input(64, 112)])
+        outputs = model(
+            [
+                make_input(height=96, width=64, seed=1) | {"height": 192, "width": 640},
+                make_input(64, 112),
+            ]
+        )
     sizes = [(192, 640), (64, 112)]
     for output, size in zip(outputs, sizes):
         found = output["instances"]
@@ -77,7 +81,9 @@ def test_evaluation_gives_sorted_clipped_instances_of_the_output_size():
         assert (found.scores.diff() <= 0).all()
         assert found.pred_classes.min() >= 0 and found.pred_classes.max() < 3
         boxes = found.pred_boxes.tensor
-        assert boxes.min() >= 0 and (boxes[:, 2] <= size[1]).all() and (boxes[:, 3] <= size[0]).all()
+        assert (
+            boxes.min() >= 0 and (boxes[:, 2] <= size[1]).all() and (boxes[:, 3] <= size[0]).all()
+        )
 
 
 def test_evaluation_does_not_need_instances_and_training_says_that_it_does():
@@ -90,7 +96,9 @@ def test_evaluation_does_not_need_instances_and_training_says_that_it_does():
 
 def test_targets_are_relative_to_the_unpadded_image():
     model = build()
-    instances = Instances((50, 200), gt_boxes=Boxes([[20.0, 10.0, 60.0, 30.0]]), gt_classes=torch.tensor([1]))
+    instances = Instances(
+        (50, 200), gt_boxes=Boxes([[20.0, 10.0, 60.0, 30.0]]), gt_classes=torch.tensor([1])
+    )
     targets = model.targets([{"instances": instances}, make_input(96, 64, objects=3)])
     torch.testing.assert_close(targets.boxes[0, 0], torch.tensor([0.2, 0.4, 0.2, 0.4]))
     assert targets.counts == (1, 3) and targets.valid.sum() == 4

@@ -79,7 +79,9 @@ def test_evaluation_equals_the_published_outputs(variant):
     close(predictions.logits[-1].amax(-1), reference["eval_logits_max"])
     for image, found in enumerate(model.detections(predictions, images.image_sizes)):
         close(found.scores[:100], reference["det_scores"][image])
-        if variant.startswith("dn_"):  # DAB-DETR's queries hardly differ, so that their order is noise
+        if variant.startswith(
+            "dn_"
+        ):  # DAB-DETR's queries hardly differ, so that their order is noise
             assert found.pred_classes[:100].tolist() == reference["det_labels"][image].tolist()
             close(found.pred_boxes.tensor[:100], reference["det_boxes"][image], atol=0.01)
 

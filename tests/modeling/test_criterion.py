@@ -27,7 +27,9 @@ def plain_losses(predictions, pairs, labels, boxes, layer):
         wanted = boxes[image][rows]
         sums["loss_bbox"] += (predicted[slots] - wanted).abs().sum()
         sums["loss_giou"] += generalized_box_iou_loss(
-            box_convert(predicted[slots], "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"), "sum"
+            box_convert(predicted[slots], "cxcywh", "xyxy"),
+            box_convert(wanted, "cxcywh", "xyxy"),
+            "sum",
         )
     return sums
 
@@ -43,7 +45,9 @@ def test_matching_losses_equal_the_loops(counts):
     for layer, suffix in enumerate(("_0", "_1", "")):
         expected = plain_losses(predictions, assignment.pairs(layer), labels, boxes, layer)
         for name, weight in (("loss_ce", 1.5), ("loss_bbox", 5), ("loss_giou", 2)):
-            wanted = torch.as_tensor(weight * expected[name] / max(sum(counts), 1), dtype=torch.float32)
+            wanted = torch.as_tensor(
+                weight * expected[name] / max(sum(counts), 1), dtype=torch.float32
+            )
             torch.testing.assert_close(losses[name + suffix], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -54,16 +58,21 @@ def test_denoising_losses_equal_the_loops(counts):
     noised = DenoisingGenerator(5, groups=3)(targets)
     denoising, *_ = make_case(counts, num_queries=len(noised))
     matching, *_ = make_case(counts)
-    losses = SetCriterion(HungarianMatcher(), dn_normalizer="local")(matching, targets, denoising, noised)
+    losses = SetCriterion(HungarianMatcher(), dn_normalizer="local")(
+        matching, targets, denoising, noised
+    )
     assert len(losses) == 18
     # Only slots that hold a noised target count: cut the others out of predictions and pairs.
     sums = {"loss_ce": 0.0, "loss_bbox": 0.0, "loss_giou": 0.0}
     for image, (slots, rows) in enumerate(noised.assignment().pairs()):
         alone = Predictions(
-            denoising.logits[:, image : image + 1, slots], denoising.boxes[:, image : image + 1, slots]
+            denoising.logits[:, image : image + 1, slots],
+            denoising.boxes[:, image : image + 1, slots],
         )
         pairs = [(torch.arange(len(slots)), rows)]
-        for name, value in plain_losses(alone, pairs, labels[image:], boxes[image:], layer=-1).items():
+        for name, value in plain_losses(
+            alone, pairs, labels[image:], boxes[image:], layer=-1
+        ).items():
             sums[name] += value
     for name, weight in (("loss_ce", 1), ("loss_bbox", 5), ("loss_giou", 2)):
         wanted = torch.as_tensor(weight * sums[name] / max(3 * sum(counts), 1), dtype=torch.float32)
@@ -93,12 +102,16 @@ def test_normalizers_are_equal_in_one_process_and_differ_in_an_unequal_world(mon
     matching, *_ = make_case((1, 4))
 
     def run(normalizer):
-        return SetCriterion(HungarianMatcher(), dn_normalizer=normalizer)(matching, targets, denoising, noised)
+        return SetCriterion(HungarianMatcher(), dn_normalizer=normalizer)(
+            matching, targets, denoising, noised
+        )
 
     alone = run("local")
     torch.testing.assert_close(alone, run("global"))
     # A world of two whose other process has 15 objects: the mean is 10, twice what is here.
-    monkeypatch.setattr("dn_detr.modeling.criterion.world_mean", lambda value, device: torch.tensor(10.0))
+    monkeypatch.setattr(
+        "dn_detr.modeling.criterion.world_mean", lambda value, device: torch.tensor(10.0)
+    )
     local, world = run("local"), run("global")
     torch.testing.assert_close(local["loss_bbox"], alone["loss_bbox"] / 2)
     torch.testing.assert_close(local["dn_loss_bbox"], alone["dn_loss_bbox"])

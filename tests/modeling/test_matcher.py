@@ -37,19 +37,26 @@ def test_pairs_equal_those_of_every_image_alone(counts):
     for layer in range(3):
         for image, (slots, rows) in enumerate(assignment.pairs(layer)):
             cost = plain_cost(
-                predictions.logits[layer, image], predictions.boxes[layer, image], labels[image], boxes[image]
+                predictions.logits[layer, image],
+                predictions.boxes[layer, image],
+                labels[image],
+                boxes[image],
             )
             expected = linear_sum_assignment(cost.numpy())
             assert slots.tolist() == expected[0].tolist()
             assert rows.tolist() == expected[1].tolist()
-            assert len(slots) == min(counts[image], 8)  # more objects than queries: some stay without
+            assert len(slots) == min(
+                counts[image], 8
+            )  # more objects than queries: some stay without
 
 
 def test_cost_equals_the_plain_one():
     predictions, labels, boxes = make_case((3, 5))
     cost = HungarianMatcher().cost(predictions, Targets.pad(labels, boxes))
     for image, count in enumerate((3, 5)):
-        expected = plain_cost(predictions.logits[1, image], predictions.boxes[1, image], labels[image], boxes[image])
+        expected = plain_cost(
+            predictions.logits[1, image], predictions.boxes[1, image], labels[image], boxes[image]
+        )
         torch.testing.assert_close(cost[1, image, :, :count], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -97,7 +97,9 @@ def test_batched_equals_single():
     batched = model(feature, mask)
     for image in range(2):
         single = model(feature[image : image + 1], mask[:1])
-        torch.testing.assert_close(batched.boxes[:, image], single.boxes[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            batched.boxes[:, image], single.boxes[:, 0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_heads_of_every_layer_start_as_the_shared_one_and_then_differ():
@@ -123,8 +125,9 @@ def test_first_boxes_are_the_anchors():
     boxes = model(*make_inputs()).boxes
     expected = model.queries.anchors.sigmoid().expand_as(boxes)
     torch.testing.assert_close(boxes, expected, rtol=1e-4, atol=1e-3)
-    assert DetectionHeads(D, C)(torch.zeros(1, 1, 1, D), torch.rand(1, 1, 1, 4)).logits.sigmoid().mean().item() \
-        == pytest.approx(0.01, rel=0.05)
+    assert DetectionHeads(D, C)(
+        torch.zeros(1, 1, 1, D), torch.rand(1, 1, 1, 4)
+    ).logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_loss_of_a_layer_trains_the_refinement_of_the_one_before_and_no_earlier():
@@ -157,7 +160,9 @@ def test_content_and_anchors_of_the_queries():
     assert (dn[~noised.valid] == 0).all()
     anchors = noised.split(queries.anchors, dim=1)[0]
     assert (anchors[~noised.valid] == 0.5).all()
-    torch.testing.assert_close(anchors[noised.valid], inverse_sigmoid(noised.boxes[noised.valid]).sigmoid())
+    torch.testing.assert_close(
+        anchors[noised.valid], inverse_sigmoid(noised.boxes[noised.valid]).sigmoid()
+    )
 
 
 def test_patterns_repeat_all_anchors_pattern_by_pattern():
@@ -186,7 +191,8 @@ def test_grid_anchors_are_spread_over_the_image(number):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message", [(dict(content="label"), "content must be"), (dict(anchor_init="x"), "anchor_init must be")]
+    "kwargs, message",
+    [(dict(content="label"), "content must be"), (dict(anchor_init="x"), "anchor_init must be")],
 )
 def test_unknown_choices_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):

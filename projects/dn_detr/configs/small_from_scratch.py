@@ -20,7 +20,9 @@ dataloader.train.mapper.augmentations = [
         short_edge_length=[208, 224, 240, 256, 272], max_size=400, sample_style="choice"
     ),
 ]
-dataloader.test.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=240, max_size=400)]
+dataloader.test.mapper.augmentations = [
+    L(T.ResizeShortestEdge)(short_edge_length=240, max_size=400)
+]
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 1
 dataloader.test.num_workers = 1

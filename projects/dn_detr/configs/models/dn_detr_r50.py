@@ -15,7 +15,9 @@ from dn_detr.modeling import (
     SingleLevelNeck,
 )
 
-model = L(DNDETR)(
+model = L(
+    DNDETR
+)(
     num_classes=None,  # null: from the data; 91: classes are COCO category ids, as published
     backbone=L(build_resnet)(depth=50, dc5=False, freeze_at=2, out_features=["res5"]),
     neck=L(SingleLevelNeck)(
