@@ -93,15 +93,17 @@ class DABDecoder(nn.Module):
             for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.position_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        # The first layer does not scale, and unused parameters stop DistributedDataParallel.
+        self.position_scale = MLP(embed_dim, embed_dim, embed_dim, 2) if num_layers > 1 else None
         self.anchor_position = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
         self.size_scale = MLP(embed_dim, embed_dim, 2, 2)
         xavier_uniform(self)
         if aligned_positions:
             for layer in self.layers:
                 layer.cross_attn.align_positions(gain=aligned_positions)
-            nn.init.zeros_(self.position_scale.layers[-1].weight)
-            nn.init.ones_(self.position_scale.layers[-1].bias)
+            if self.position_scale is not None:
+                nn.init.zeros_(self.position_scale.layers[-1].weight)
+                nn.init.ones_(self.position_scale.layers[-1].bias)
 
     def forward(
         self, queries: Queries, memory: Tokens, refine: Callable[[int, Tensor, Tensor], Tensor]

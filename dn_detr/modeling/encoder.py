@@ -40,7 +40,7 @@ class DABEncoder(nn.Module):
         embed_dim: D.
         num_heads: attention heads.
         feedforward_dim: hidden width of the feed-forward blocks.
-        num_layers: number of layers.
+        num_layers: number of layers; with 0 the features pass through as they are.
         activation: "prelu" (published), "relu" or "gelu".
     """
 
@@ -57,7 +57,8 @@ class DABEncoder(nn.Module):
             DABEncoderLayer(embed_dim, num_heads, feedforward_dim, activation)
             for _ in range(num_layers)
         )
-        self.position_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        # Only where it is used: parameters without gradient stop DistributedDataParallel.
+        self.position_scale = MLP(embed_dim, embed_dim, embed_dim, 2) if num_layers else None
         xavier_uniform(self)
 
     def forward(self, tokens: Tokens) -> Tokens:
