@@ -2,9 +2,10 @@
 
 Tests that need detectron2 have no convention to follow if importing is what they need it for: where
 detectron2 is missing, a module (or a test) that stops with the ImportError of a missing detectron2,
-or skips by `pytest.importorskip("detectron2")`, counts as not run, with its number of tests. A test that needs it in another way, such as by starting
-a script of tools/, carries `@pytest.mark.needs_detectron2` (or the module `pytestmark = ...`).
-The run ends with the number of tests not run; with STRICT=1 it then fails.
+or skips by `pytest.importorskip("detectron2")`, counts as not run, with its number of tests. A test
+that needs it in another way, such as by starting a script of tools/, carries
+`@pytest.mark.needs_detectron2` (or the module `pytestmark = ...`). The run ends with the number of
+tests not run; with STRICT=1 it then fails.
 
 `@pytest.mark.gpu`: not run where there is no GPU. `@pytest.mark.large`: only with --large.
 """

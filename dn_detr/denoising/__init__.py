@@ -1,7 +1,7 @@
 """Denoising training (DN-DETR, CVPR 2022) in plain PyTorch, for any set-prediction detector.
 
-`DenoisingGenerator` turns `Targets` into `NoisedTargets`, which hold the queries, the attention mask, the split of the
-outputs and the assignment. Start reading at `generator`.
+`DenoisingGenerator` turns `Targets` into `NoisedTargets`, which hold the queries, the attention
+mask, the split of the outputs and the assignment. Start reading at `generator`.
 """
 
 from dn_detr.denoising.generator import DenoisingGenerator

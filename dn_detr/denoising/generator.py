@@ -1,4 +1,7 @@
-"""Denoising training of DN-DETR (Li et al., CVPR 2022, arXiv 2203.01305): from ground truth to noised queries."""
+"""Denoising training of DN-DETR: from ground truth to noised queries.
+
+Li et al., CVPR 2022, arXiv 2203.01305.
+"""
 
 from collections.abc import Sequence
 
@@ -14,18 +17,21 @@ class DenoisingGenerator:
 
     1. Copy the ground truth of every image G times: the groups.
     2. Replace some labels, shift and scale all boxes.
-    3. The decoder gets them in front of its matching queries, under a mask that keeps groups apart, and has to
-       reconstruct the clean boxes and labels: which query answers for which object is known in advance.
+    3. The decoder gets them in front of its matching queries, under a mask that keeps groups apart,
+       and has to reconstruct the clean boxes and labels: which query answers for which object is
+       known in advance.
 
     It knows nothing of any model, waits for no device and loops over neither images nor boxes.
 
     Args:
         num_classes: C. Noised labels are in 0..C-1.
         groups: G, the number of noised copies (paper: 5; 10 for the encoder-only deformable model).
-        budget: instead of a fixed G, about this many slots an image: G = max(budget // M, 1), where M is the
-            largest number of objects in an image of the batch (DINO, Mask DINO: 100). Bounds the cost of crowds.
+        budget: instead of a fixed G, about this many slots an image: G = max(budget // M, 1), where
+            M is the largest number of objects in an image of the batch (DINO, Mask DINO: 100).
+            Bounds the cost of crowds.
         label_noise: probability that a label is replaced (paper: 0.2).
-        center_noise, size_noise: see `noise_boxes` (paper: 0.4 each, one flag in the published code).
+        center_noise, size_noise: see `noise_boxes` (paper: 0.4 each, one flag in the published
+            code).
         label_choices: see `noise_labels`.
         mask_unused: see `NoisedTargets`. False is the published behaviour.
 
@@ -33,7 +39,8 @@ class DenoisingGenerator:
         ValueError: a number out of its range.
 
     Example:
-        >>> targets = Targets.pad([torch.tensor([1, 2])], [torch.tensor([[0.5, 0.5, 0.2, 0.1]] * 2)])
+        >>> boxes = torch.tensor([[0.5, 0.5, 0.2, 0.1]] * 2)
+        >>> targets = Targets.pad([torch.tensor([1, 2])], [boxes])
         >>> noised = DenoisingGenerator(num_classes=3, groups=5)(targets)
         >>> noised.boxes.shape, noised.attention_mask(num_matching=7).shape
         (torch.Size([1, 10, 4]), torch.Size([1, 17, 17]))
@@ -62,7 +69,8 @@ class DenoisingGenerator:
                 raise ValueError(f"denoising: {name} must be in {low}..{high}, got {value}")
         if label_choices is not None and not all(0 <= c < num_classes for c in label_choices):
             raise ValueError(
-                f"denoising: label_choices must be in 0..{num_classes - 1}, got {list(label_choices)}"
+                f"denoising: label_choices must be in 0..{num_classes - 1}, "
+                f"got {list(label_choices)}"
             )
         self.num_classes = num_classes
         self.groups = groups
@@ -79,7 +87,7 @@ class DenoisingGenerator:
 
     @torch.no_grad()
     def __call__(self, targets: Targets) -> NoisedTargets:
-        """Noise `targets`, on their device. With no object in the whole batch the result has 0 slots."""
+        """Noise `targets`, on their device. Without any object the result has 0 slots."""
         groups = self.num_groups(targets.width)
         return NoisedTargets(
             labels=noise_labels(

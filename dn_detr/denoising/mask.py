@@ -7,15 +7,16 @@ SHARED = -1
 
 
 def group_attention_mask(groups: Tensor) -> Tensor:
-    """Attention mask of queries in groups: a query sees its own group and the shared queries, nobody else.
+    """Attention mask of queries in groups: each sees its own group and the shared queries only.
 
-    The shared queries see each other only, so that nothing of a group's ground truth leaks to them. The
-    same rule serves Group-DETR (no shared queries) and class-conditioned query sets.
+    The shared queries see each other only, so that nothing of a group's ground truth leaks to them.
+    The same rule serves Group-DETR (no shared queries) and class-conditioned query sets.
 
     Args:
         groups: [T] integers, the group of every query, `SHARED` for a shared one.
 
     Returns:
-        [T, T] bool, True where a query (row) must *not* see a key (column), as in `nn.MultiheadAttention`.
+        [T, T] bool, True where a query (row) must *not* see a key (column), as in
+        `nn.MultiheadAttention`.
     """
     return (groups[None, :] != SHARED) & (groups[None, :] != groups[:, None])

@@ -1,4 +1,4 @@
-"""The two kinds of noise of DN-DETR (Li et al., CVPR 2022, sec. 4.2), each a function of tensors."""
+"""The two kinds of noise of DN-DETR (Li et al., CVPR 2022, sec. 4.2), functions of tensors."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def noise_boxes(boxes: Tensor, center_noise: float, size_noise: float) -> Tensor:
     """Shift and scale boxes.
 
-    With u uniform in -1..1 for every number: the centre moves by ``u * center_noise * size / 2``, the size changes
-    by the factor ``1 + u * size_noise``. Then each of the four numbers (not the corners) is clamped to 0..1, so a
-    noised box may stick out of the image.
+    With u uniform in -1..1 for every number: the centre moves by ``u * center_noise * size / 2``,
+    the size changes by the factor ``1 + u * size_noise``. Then each of the four numbers (not the
+    corners) is clamped to 0..1, so a noised box may stick out of the image.
 
     Args:
         boxes: [..., 4] cxcywh in 0..1.
@@ -31,14 +31,14 @@ def noise_boxes(boxes: Tensor, center_noise: float, size_noise: float) -> Tensor
 def noise_labels(
     labels: Tensor, ratio: float, num_classes: int, choices: Sequence[int] | None = None
 ) -> Tensor:
-    """Replace each label, with probability `ratio`, by one drawn uniformly; the draw may give the same label.
+    """Replace each label, with probability `ratio`, by one drawn uniformly (perhaps the same).
 
     Args:
         labels: integers in 0..num_classes-1, any shape.
         ratio: gamma of the paper, 0.2.
         num_classes: number of classes C.
-        choices: classes to draw from; None for all C, as published. With COCO's 91 category ids that
-            includes the 11 ids that no object has: name the used ones here to leave them out.
+        choices: classes to draw from; None for all C, as published. With COCO's 91 category ids
+            that includes the 11 ids that no object has: name the used ones here to leave them out.
 
     Returns:
         Tensor of the shape of `labels`.

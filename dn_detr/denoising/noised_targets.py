@@ -1,6 +1,7 @@
 """Noised ground truth, and the three views of it that detectors take.
 
-Shape letters: B images, M padded targets an image, G groups, P = G * M slots, S noised targets in all.
+Shape letters: B images, M padded targets an image, G groups, P = G * M slots, S noised targets in
+all.
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,11 @@ class FlatTargets:
 
 @dataclass(frozen=True)
 class NoisedTargets:
-    """G noised copies of a batch's ground truth, in block form; slot g * M + m is target m in group g.
+    """G noised copies of a batch's ground truth in block form; slot g * M + m: target m, group g.
 
     - **Block form** (`labels`, `boxes`, `valid`, `attention_mask`, `split`): queries for a decoder.
-    - **Assignment** (`assignment`): slot -> ground-truth row, known in advance, for any set criterion.
+    - **Assignment** (`assignment`): slot -> ground-truth row, known in advance, for any set
+      criterion.
     - **Flat form** (`flat`): one entry a noised target, for RoI heads.
 
     Attributes:
@@ -45,8 +47,9 @@ class NoisedTargets:
         valid: [B, P] bool, True where a slot holds a noised target.
         counts: number of targets of each image, on the host.
         groups: G, at least 1.
-        mask_unused: hide the slots without a target from the others of their group. The published code leaves
-            them visible, so that outputs depend on the number of objects in the other images of the batch.
+        mask_unused: hide the slots without a target from the others of their group. The published
+            code leaves them visible, so that outputs depend on the number of objects in the other
+            images of the batch.
     """
 
     labels: Tensor
@@ -68,11 +71,13 @@ class NoisedTargets:
     def attention_mask(self, num_matching: int) -> Tensor:
         """Self-attention mask of ``[denoising slots | matching queries]``, T = P + `num_matching`.
 
-        Groups are blind to each other, and the matching part is blind to all of them; the denoising part may
-        see the matching part. Without this mask the ground truth leaks: AP falls to 24.0 (paper, table 5).
+        Groups are blind to each other, and the matching part is blind to all of them; the denoising
+        part may see the matching part. Without this mask the ground truth leaks: AP falls to 24.0
+        (paper, table 5).
 
         Returns:
-            bool, True where a query (row) must *not* see a key (column): [T, T], or [B, T, T] with `mask_unused`.
+            bool, True where a query (row) must *not* see a key (column): [T, T], or [B, T, T] with
+            `mask_unused`.
         """
         device = self.labels.device
         group = torch.arange(len(self), device=device) // max(self.width, 1)
@@ -87,7 +92,7 @@ class NoisedTargets:
         return mask | (unused[:, None, :] & ~itself)
 
     def split(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """(denoising part, matching part) of anything laid out as ``[denoising | matching]`` along `dim`."""
+        """(denoising part, matching part) of what is ``[denoising | matching]`` along `dim`."""
         return x.narrow(dim, 0, len(self)), x.narrow(dim, len(self), x.shape[dim] - len(self))
 
     def assignment(self) -> Assignment:
@@ -96,14 +101,15 @@ class NoisedTargets:
         return Assignment(slots[None], slots[None] % max(self.width, 1), self.valid[None])
 
     def flat(self) -> FlatTargets:
-        """The noised targets without padding, S = G * sum(counts), group after group within an image."""
+        """The noised targets without padding, S = G * sum(counts); in an image group by group."""
         per_image = [
             torch.arange(self.groups)[:, None] * self.width + torch.arange(count)
             for count in self.counts
         ]
         image = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(per_image)])
         slot = torch.cat([s.flatten() for s in per_image])
-        # Made on the host, where the counts are known: a boolean mask would wait for the accelerator.
+        # Made on the host, where the counts are known: a boolean mask would wait for the
+        # accelerator.
         device = self.labels.device
         image, slot = image.to(device, non_blocking=True), slot.to(device, non_blocking=True)
         return FlatTargets(

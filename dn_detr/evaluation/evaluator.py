@@ -51,8 +51,8 @@ def build_evaluator(
 class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator for any COCO-format file.
 
-    A model that finds nothing gets AP 0, not NaN or nothing; what annotations may leave out (``iscrowd``, ``area``)
-    is filled in as for training, where pycocotools would stop.
+    A model that finds nothing gets AP 0, not NaN or nothing; what annotations may leave out
+    (``iscrowd``, ``area``) is filled in as for training, where pycocotools would stop.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

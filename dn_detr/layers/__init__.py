@@ -1,4 +1,7 @@
-"""Tensors in, tensors out: boxes, padded targets, perceptrons, position codes, attention. Plain PyTorch."""
+"""Tensors in, tensors out: boxes, padded targets, perceptrons, position codes, attention.
+
+Plain PyTorch.
+"""
 
 from dn_detr.layers.assignment import Assignment
 from dn_detr.layers.attention import ConditionalCrossAttention, ConditionalSelfAttention

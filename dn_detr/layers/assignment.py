@@ -1,4 +1,7 @@
-"""Which query answers for which ground truth: what a matcher finds and what denoising knows in advance."""
+"""Which query answers for which ground truth.
+
+A matcher finds it; denoising knows it in advance.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +23,7 @@ class Assignment:
     valid: Tensor
 
     def pairs(self, layer: int = -1) -> list[tuple[Tensor, Tensor]]:
-        """(slots, rows) of each image, without the padding: the form other Hungarian matchers return.
+        """(slots, rows) of each image without padding: the form other Hungarian matchers return.
 
         This waits for the accelerator; the criterion of this library does not need it.
         """

@@ -77,16 +77,18 @@ class ConditionalCrossAttention(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def align_positions(self, gain: float = 1.0) -> None:
-        """Start the projections of query and key positions equal, each head taking every H-th frequency.
+        """Start the projections of query and key positions equal; a head has every H-th frequency.
 
-        Then position similarity is a bump around the anchor from the first step on, which a short training
-        cannot learn from random projections. Needs position codes of one temperature and scale on both sides.
+        Then position similarity is a bump around the anchor from the first step on, which a short
+        training cannot learn from random projections. Needs position codes of one temperature and
+        scale on both sides.
 
         Args:
             gain: factor of either projection; the greater, the narrower the bump.
         """
         dim = self.query_sine.in_features
-        # Input channels as (coordinate, frequency, sine or cosine), output channels grouped by head.
+        # Input channels as (coordinate, frequency, sine or cosine), output channels grouped
+        # by head.
         channels = torch.arange(dim).view(2, dim // 4, 2)
         order = [channels[:, head :: self.num_heads].flatten() for head in range(self.num_heads)]
         permutation = torch.eye(dim)[torch.cat(order)]
@@ -106,8 +108,8 @@ class ConditionalCrossAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            content, position, sine: [B, Q, D]; contents of the queries, their position embedding, and the
-                (scaled) sine code of their centres.
+            content, position, sine: [B, Q, D]; contents of the queries, their position embedding,
+                and the (scaled) sine code of their centres.
             memory, memory_position: [B, S, D].
             allowed: bool, broadcastable to [B, H, Q, S], True where a query may see a token.
 

@@ -1,4 +1,4 @@
-"""Box arithmetic that broadcasts: one function serves the matcher's pairs and the criterion's diagonal.
+"""Box arithmetic that broadcasts: for the matcher's pairs and for the criterion's diagonal.
 
 Conversions between ``cxcywh`` and ``xyxy`` are `torchvision.ops.box_convert`'s.
 """
@@ -28,8 +28,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-6) -> Tensor:
     """Elementwise generalised IoU (Rezatofighi et al., CVPR 2019) with broadcasting.
 
-    ``[..., N, 1, 4]`` against ``[..., 1, M, 4]`` gives all pairs; equal shapes give the diagonal alone,
-    without the N x N matrix of which `torchvision.ops.generalized_box_iou` would compute it.
+    ``[..., N, 1, 4]`` against ``[..., 1, M, 4]`` gives all pairs; equal shapes give the diagonal
+    alone, without the N x N matrix of which `torchvision.ops.generalized_box_iou` would compute it.
 
     Args:
         boxes1, boxes2: [..., 4] as xyxy. Boxes without area are fine; inverted ones count as empty.

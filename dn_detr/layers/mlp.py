@@ -24,7 +24,7 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation in between, of its own where it has parameters (PReLU)."""
+    """Two linear layers with an activation between, its own where it has parameters (PReLU)."""
 
     def __init__(self, embed_dim: int, feedforward_dim: int, activation: str = "prelu"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sine codes of positions, of feature maps and of anchors (DAB-DETR, Liu et al., ICLR 2022, sec. 4.3)."""
+"""Sine codes of positions: of feature maps and anchors (DAB-DETR, ICLR 2022, sec. 4.3)."""
 
 import math
 
@@ -11,7 +11,8 @@ def sine_encode(
 ) -> Tensor:
     """Code every number of `values` by `channels` sines and cosines, interleaved.
 
-    Channel j is ``sin`` (j even) or ``cos`` (j odd) of ``scale * value / temperature ** (2 * (j // 2) / channels)``.
+    Channel j is ``sin`` (j even) or ``cos`` (j odd) of
+    ``scale * value / temperature ** (2 * (j // 2) / channels)``.
 
     Args:
         values: any shape, usually in 0..1.
@@ -50,7 +51,8 @@ class SinePositionEncoding(nn.Module):
         embed_dim: channels D of the code, half of them for y, half for x.
         temperature: 20 in DAB- and DN-DETR, 10000 in DETR and the deformable models.
         scale: angle of the last valid cell in the first channel.
-        offset: added to the 1-based cell index; -0.5 codes cell centres (Deformable-DETR), 0 is DAB-DETR's.
+        offset: added to the 1-based cell index; -0.5 codes cell centres (Deformable-DETR), 0 is
+            DAB-DETR's.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True)
 class Targets:
-    """Padded ground truth of B images; M is the largest number of objects in one of them (may be 0).
+    """Padded ground truth of B images; M is the largest number of objects in one (may be 0).
 
     Attributes:
         labels: [B, M] int64 class indices; 0 where there is no object.

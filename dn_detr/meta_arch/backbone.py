@@ -21,14 +21,16 @@ def build_resnet(
     out_features: Sequence[str] = ("res5",),
     norm: str = "FrozenBN",
 ) -> ResNet:
-    """ResNet with the stride in its 3x3 convolutions and frozen batch norms, for RGB weights of torchvision.
+    """ResNet for RGB weights of torchvision: stride in the 3x3 convolutions, frozen batch norms.
 
     Args:
         depth: 50 or 101.
-        dc5: last stage dilated instead of strided, stride 16 in all. Its blocks have dilations 1, 2, 2, as torchvision's
-            replacement of strides by dilation gives; detectron2's RES5_DILATION=2 gives 2, 2, 2, which does not fit
-            published weights. Nothing in a checkpoint tells C5 from DC5.
-        freeze_at: number of stages without training, counted from the stem: 2 freezes stem and res2, as published.
+        dc5: last stage dilated instead of strided, stride 16 in all. Its blocks have dilations 1,
+            2, 2, as torchvision's replacement of strides by dilation gives; detectron2's
+            RES5_DILATION=2 gives 2, 2, 2, which does not fit published weights. Nothing in a
+            checkpoint tells C5 from DC5.
+        freeze_at: number of stages without training, counted from the stem: 2 freezes stem and
+            res2, as published.
         out_features: stages to return, "res2" .. "res5".
         norm: normalisation layer, in detectron2's words.
 
@@ -60,7 +62,7 @@ def build_small_resnet(
     strides: Sequence[int] = (1, 2, 1),
     norm: str = "BN",
 ) -> ResNet:
-    """Narrow ResNet of two-convolution blocks, for small images and training from scratch; nothing is frozen.
+    """Narrow ResNet of two-convolution blocks for small images, from scratch; nothing is frozen.
 
     Args:
         channels: channels of the stages res2, res3, ...; the last one is the output.

@@ -27,11 +27,13 @@ class DNDETR(nn.Module):
     """DETR-like detector with 4-D anchors, and denoising training where it is asked for.
 
     1. Backbone, neck and encoder turn images into tokens.
-    2. The query source gives anchors and contents; in training, noised ground truth goes in front of them.
+    2. The query source gives anchors and contents; in training, noised ground truth goes in front
+       of them.
     3. The decoder refines the anchors, the heads read classes and boxes off every layer.
     4. In training, the denoising part is split off again and both parts meet the one criterion.
 
-    Which model of the family it is (DAB-DETR, DN-DETR, ...) is decided by its parts, see ``projects/*/configs``.
+    Which model of the family it is (DAB-DETR, DN-DETR, ...) is decided by its parts, see
+    ``projects/*/configs``.
 
     Args:
         backbone: detectron2 backbone.
@@ -43,8 +45,10 @@ class DNDETR(nn.Module):
         criterion: losses of both parts.
         denoising: targets -> noised targets; None switches denoising off.
         num_classes: C. 91 means classes are COCO category ids, as in published checkpoints.
-        pixel_mean, pixel_std: three numbers in the channel order of `input_format`, for pixels in 0..255.
-        input_format: channel order of the input, "RGB" or "BGR"; for tools, the model itself does not change it.
+        pixel_mean, pixel_std: three numbers in the channel order of `input_format`, for pixels in
+            0..255.
+        input_format: channel order of the input, "RGB" or "BGR"; for tools, the model itself does
+            not change it.
         detections_per_image: the best pairs of query and class that are kept (published: 300).
     """
 
@@ -93,13 +97,15 @@ class DNDETR(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: detectron2's format. ``image``: [3, H, W], 0..255, in `input_format`. ``instances``: in
-                training, with ``gt_boxes`` (xyxy pixels) and ``gt_classes``. ``height``, ``width``: size of the output
-                in evaluation; that of ``image`` where missing.
+            batched_inputs: detectron2's format. ``image``: [3, H, W], 0..255, in `input_format`.
+                ``instances``: in training, with ``gt_boxes`` (xyxy pixels) and ``gt_classes``.
+                ``height``, ``width``: size of the output in evaluation; that of ``image`` where
+                missing.
 
         Returns:
-            In training, the weighted losses of `SetCriterion`. Else for every image ``{"instances": Instances}`` with
-            ``pred_boxes`` (xyxy pixels of the output), ``scores`` and ``pred_classes``, best first.
+            In training, the weighted losses of `SetCriterion`. Else for every image
+            ``{"instances": Instances}`` with ``pred_boxes`` (xyxy pixels of the output),
+            ``scores`` and ``pred_classes``, best first.
         """
         if self.training:
             return self.losses(batched_inputs)
@@ -135,7 +141,7 @@ class DNDETR(nn.Module):
     def predict(
         self, batched_inputs: list[dict], noised: NoisedTargets | None = None
     ) -> tuple[Predictions, ImageList]:
-        """Predictions of all layers, denoising slots first, and the padded images they belong to."""
+        """Predictions of all layers, denoising slots first, and the padded images."""
         images = self.preprocess(batched_inputs)
         height, width = images.tensor.shape[-2:]
         padded = any(size != (height, width) for size in images.image_sizes)
@@ -146,7 +152,7 @@ class DNDETR(nn.Module):
         return self.heads(states, anchors), images
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise and pad at the right and the bottom (with the mean colour, since padding comes second)."""
+        """Normalise, then pad at the right and the bottom: with the mean colour, therefore."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],
@@ -172,7 +178,9 @@ class DNDETR(nn.Module):
     def detections(
         self, predictions: Predictions, image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
-        """The best pairs of query and class of the last layer; one query may give several. No NMS, no threshold.
+        """The best pairs of query and class of the last layer; no NMS, no threshold.
+
+        One query may give several.
 
         Args:
             image_sizes: (height, width) of the unpadded images.

@@ -17,17 +17,18 @@ class SetCriterion(nn.Module):
     """Losses of all decoder layers.
 
     1. Match the matching part to the ground truth; the denoising part knows its assignment.
-    2. For either part and every layer: sigmoid focal loss over all queries and classes, L1 and GIoU loss over
-       assigned pairs, each a sum divided by a number of boxes.
+    2. For either part and every layer: sigmoid focal loss over all queries and classes, L1 and GIoU
+       loss over assigned pairs, each a sum divided by a number of boxes.
     3. Weight them.
 
     Args:
         matcher: (predictions, targets) -> assignment.
         ce_weight, bbox_weight, giou_weight: loss weights (published: 1, 5, 2), in both parts.
         focal_alpha, focal_gamma: of the focal loss.
-        dn_normalizer: the denoising part is divided by the number of noised boxes: of this process alone ("local", as
-            published), so that a process with few objects counts as much as one with many; or by its mean over
-            processes ("global"), like the matching part, so that every noised box counts the same.
+        dn_normalizer: the denoising part is divided by the number of noised boxes: of this process
+            alone ("local", as published), so that a process with few objects counts as much as one
+            with many; or by its mean over processes ("global"), like the matching part, so that
+            every noised box counts the same.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class SetCriterion(nn.Module):
             denoising, noised: the denoising part and what it was made of; None without denoising.
 
         Returns:
-            ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, with suffix ``_i`` of layer i; the denoising
-            part with prefix ``dn_``. The names are the same for every batch.
+            ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, with suffix ``_i`` of layer
+            i; the denoising part with prefix ``dn_``. The names are the same for every batch.
         """
         local = float(sum(targets.counts))
         num_boxes = world_mean(local, matching.boxes.device).clamp(min=1)

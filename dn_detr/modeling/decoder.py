@@ -39,7 +39,10 @@ class DABDecoderLayer(nn.Module):
         memory: Tokens,
         allowed: Tensor | None,
     ) -> Tensor:
-        """content, position, sine [B, Q, D]; allowed [.., 1, Q, Q] True where queries see each other -> [B, Q, D]"""
+        """content, position, sine [B, Q, D]; allowed [.., 1, Q, Q] -> [B, Q, D]
+
+        `allowed` is True where a query (row) sees another.
+        """
         content = self.norm1(content + self.self_attn(content, position, allowed))
         attended = self.cross_attn(
             content, position, sine, memory.features, memory.position, memory.allowed
@@ -54,9 +57,10 @@ class DABDecoder(nn.Module):
     In every layer:
 
     1. The anchor's sine code becomes the position embedding of the self-attention, by a perceptron.
-    2. The code of its centre, scaled by a perceptron of the content (not in the first layer), is the position
-       part of the cross-attention's query; its x half is stretched by a width that the content asks for over the
-       anchor's width, its y half likewise by height ("width & height-modulated attention").
+    2. The code of its centre, scaled by a perceptron of the content (not in the first layer), is
+       the position part of the cross-attention's query; its x half is stretched by a width that the
+       content asks for over the anchor's width, its y half likewise by height ("width &
+       height-modulated attention").
     3. The box head, on the layer's output, moves the anchor; the next layer gets it detached.
 
     Perceptrons and the final LayerNorm are shared by all layers.
@@ -67,10 +71,11 @@ class DABDecoder(nn.Module):
         feedforward_dim: hidden width of the feed-forward blocks.
         num_layers: L.
         activation: "prelu" (published), "relu" or "gelu".
-        anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published: 10000 and 2 pi).
+        anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published:
+            10000 and 2 pi).
         aligned_positions: start with cross-attention that looks at the anchor, by this gain (see
-            `ConditionalCrossAttention.align_positions`), and with position scales of 1. For short training; 0 is the
-            published start, Xavier.
+            `ConditionalCrossAttention.align_positions`), and with position scales of 1. For short
+            training; 0 is the published start, Xavier.
     """
 
     def __init__(
@@ -112,11 +117,13 @@ class DABDecoder(nn.Module):
         Args:
             queries: Q queries.
             memory: S encoded tokens.
-            refine: the box head, (layer, states [B, Q, D], anchors [B, Q, 4]) -> moved anchors [B, Q, 4].
+            refine: the box head, (layer, states [B, Q, D], anchors [B, Q, 4]) -> moved anchors [B,
+                Q, 4].
 
         Returns:
-            states [L, B, Q, D] behind the final norm, and anchors [L, B, Q, 4] that each layer started from. The
-            anchors carry gradient: the loss of layer i also trains the refinement of layer i - 1.
+            states [L, B, Q, D] behind the final norm, and anchors [L, B, Q, 4] that each layer
+            started from. The anchors carry gradient: the loss of layer i also trains the refinement
+            of layer i - 1.
         """
         content, anchors = queries.content, queries.anchors
         all_states, all_anchors = [], [anchors]
@@ -133,7 +140,10 @@ class DABDecoder(nn.Module):
         return torch.stack(all_states), torch.stack(all_anchors)
 
     def _modulate(self, code: Tensor, content: Tensor, anchors: Tensor, is_first: bool) -> Tensor:
-        """Step 2: code of the centres [B, Q, D], its first half for y -> query part of cross-attention [B, Q, D]"""
+        """Step 2: code of the centres, the first half for y -> query part of cross-attention.
+
+        Both are [B, Q, D].
+        """
         if not is_first:
             code = code * self.position_scale(content)
         # In float32 or wider: the quotient overflows in half precision for tiny anchors.

@@ -1,4 +1,7 @@
-"""DAB-DETR's encoder (Liu et al., ICLR 2022): dense self-attention with content-dependent position scale."""
+"""DAB-DETR's encoder (Liu et al., ICLR 2022).
+
+Dense self-attention with a position scale that depends on the content.
+"""
 
 from dataclasses import replace
 
@@ -33,8 +36,8 @@ class DABEncoderLayer(nn.Module):
 class DABEncoder(nn.Module):
     """Stack of `DABEncoderLayer`.
 
-    In every layer the position code is scaled, channel by channel, by a perceptron of the content that
-    all layers share. There is no norm behind the last layer.
+    In every layer the position code is scaled, channel by channel, by a perceptron of the content
+    that all layers share. There is no norm behind the last layer.
 
     Args:
         embed_dim: D.

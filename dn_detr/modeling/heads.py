@@ -21,8 +21,8 @@ class DetectionHeads(nn.Module):
     Args:
         embed_dim: D.
         num_classes: C. There is no background row.
-        num_layers: None: one of each for all decoder layers (DAB-DETR, DN-DETR); a number: one of each for every
-            layer, equal at the start (the deformable models).
+        num_layers: None: one of each for all decoder layers (DAB-DETR, DN-DETR); a number: one of
+            each for every layer, equal at the start (the deformable models).
     """
 
     def __init__(self, embed_dim: int, num_classes: int, num_layers: int | None = None):
@@ -40,12 +40,18 @@ class DetectionHeads(nn.Module):
         self.bbox_embed = bbox_embed
 
     def refine(self, layer: int, states: Tensor, anchors: Tensor) -> Tensor:
-        """states [..., D] of a decoder layer, anchors [..., 4] in 0..1 -> boxes [..., 4] in 0..1, cxcywh, float32"""
+        """states [..., D] of a decoder layer, anchors [..., 4] -> boxes [..., 4], float32
+
+        Anchors and boxes are cxcywh in 0..1.
+        """
         bbox_embed = self.bbox_embed if self.shared else self.bbox_embed[layer]
         return (bbox_embed(states) + inverse_sigmoid(anchors)).sigmoid()
 
     def forward(self, states: Tensor, anchors: Tensor) -> Predictions:
-        """states [L, B, Q, D], anchors [L, B, Q, 4] that each layer started from -> predictions of all layers"""
+        """states [L, B, Q, D], anchors [L, B, Q, 4] -> predictions of all layers
+
+        The anchors are those that each layer started from.
+        """
         if self.shared:
             return Predictions(
                 logits=self.class_embed(states).float(), boxes=self.refine(-1, states, anchors)

@@ -12,12 +12,15 @@ from dn_detr.modeling.structures import Predictions
 class HungarianMatcher:
     """One-to-one assignment of queries to objects at the lowest cost.
 
-    1. Cost of a pair: ``class_cost * focal + bbox_cost * L1 + giou_cost * (-GIoU)``, for all layers and images.
-    2. One hand-over of all costs to the CPU, the only place where training waits for the accelerator.
+    1. Cost of a pair: ``class_cost * focal + bbox_cost * L1 + giou_cost * (-GIoU)``, for all layers
+       and images.
+    2. One hand-over of all costs to the CPU, the only place where training waits for the
+       accelerator.
     3. SciPy's solver on each layer and image.
 
     Args:
-        class_cost, bbox_cost, giou_cost: weights of the terms (published: 2, 5, 2; the class *loss* has weight 1).
+        class_cost, bbox_cost, giou_cost: weights of the terms (published: 2, 5, 2; the class *loss*
+            has weight 1).
         focal_alpha, focal_gamma: of the class cost.
     """
 
@@ -40,7 +43,8 @@ class HungarianMatcher:
         """
         Args:
             predictions: L layers, B images, Q queries.
-            targets: M padded targets an image. Where an image has more objects than queries, some stay without.
+            targets: M padded targets an image. Where an image has more objects than queries, some
+                stay without.
 
         Returns:
             Assignment with K = min(M, Q) pairs, on the device of the predictions.
@@ -90,6 +94,6 @@ def _solve(cost, layer: int, image: int):
     except ValueError as error:
         raise ValueError(
             f"matching failed in decoder layer {layer} for image {image} of the batch: {error}. "
-            "The model's outputs (or the boxes of that image) are NaN or infinite; lower the learning "
-            "rate, train in float32, or check the annotations."
+            "The model's outputs (or the boxes of that image) are NaN or infinite; lower the "
+            "learning rate, train in float32, or check the annotations."
         ) from error

@@ -1,4 +1,7 @@
-"""Query source: learned 4-D anchors with content (DAB-DETR), and the denoising queries in front (DN-DETR)."""
+"""Query source: learned 4-D anchors with content (DAB-DETR).
+
+With denoising (DN-DETR), the noised queries go in front.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +18,25 @@ class AnchorQueries(nn.Module):
     """Learned anchors and their content; noised ground truth goes in front.
 
     1. An anchor is four learned logits of a box cxcywh.
-    2. The content of a matching query is the embedding of the label "unknown" with indicator 0 (DN-DETR), or zeros
-       (DAB-DETR). With patterns, every anchor occurs once for each learned pattern, which is added to the content.
-    3. The content of a denoising query is the embedding of its noised label with indicator 1; its anchor is
-       its noised box. The indicator is the last channel.
+    2. The content of a matching query is the embedding of the label "unknown" with indicator 0
+       (DN-DETR), or zeros (DAB-DETR). With patterns, every anchor occurs once for each learned
+       pattern, which is added to the content.
+    3. The content of a denoising query is the embedding of its noised label with indicator 1; its
+       anchor is its noised box. The indicator is the last channel.
 
     Args:
         num_queries: number of anchors.
         embed_dim: D.
         num_classes: C; the label embedding has C + 1 rows, the last one is "unknown".
         num_patterns: patterns an anchor; 0 for none.
-        content: "unknown_label" or "zeros". With "zeros" there is no label embedding, hence no denoising.
-        anchor_init: "normal": logits from N(0, 1), as published; "uniform_centers": centres uniform over the image
-            (`random_refpoints_xy` of the published code, which means to freeze them but does not); "grid": centres
-            on a grid with width and height 0.3, which suits few queries and short training.
-        label_std: standard deviation of the first label embeddings; 1 as published. The smaller, the more of the
-            first layers' output is what attention found.
+        content: "unknown_label" or "zeros". With "zeros" there is no label embedding, hence no
+            denoising.
+        anchor_init: "normal": logits from N(0, 1), as published; "uniform_centers": centres uniform
+            over the image (`random_refpoints_xy` of the published code, which means to freeze them
+            but does not); "grid": centres on a grid with width and height 0.3, which suits few
+            queries and short training.
+        label_std: standard deviation of the first label embeddings; 1 as published. The smaller,
+            the more of the first layers' output is what attention found.
     """
 
     def __init__(
@@ -78,7 +84,10 @@ class AnchorQueries(nn.Module):
         )
 
     def _matching(self) -> tuple[Tensor, Tensor]:
-        """content [Q, D] and anchors [Q, 4] of the matching part; query p * num_queries + q has pattern p"""
+        """content [Q, D] and anchors [Q, 4] of the matching part
+
+        Query p * num_queries + q has pattern p.
+        """
         anchors = self.anchors.sigmoid()
         if self.label_embed is None:
             content = self.anchors.new_zeros(len(anchors), self.embed_dim)
@@ -91,7 +100,10 @@ class AnchorQueries(nn.Module):
         return content, anchors
 
     def _denoising(self, noised: NoisedTargets) -> tuple[Tensor, Tensor]:
-        """content [B, P, D] and anchors [B, P, 4]; a slot without a target has zero content and zero logits"""
+        """content [B, P, D] and anchors [B, P, 4] of the denoising part
+
+        A slot without a target has zero content and zero logits.
+        """
         valid = noised.valid[..., None]
         labels = noised.labels.where(noised.valid, 0)
         indicator = valid.to(self.anchors.dtype)

@@ -15,7 +15,8 @@ class Tokens:
     Attributes:
         features: [B, S, D].
         position: [B, S, D] position codes.
-        padding_mask: [B, S] bool, True on padding; None where no image is padded, so that attention needs no mask.
+        padding_mask: [B, S] bool, True on padding; None where no image is padded, so that attention
+            needs no mask.
         shapes: (height, width) of every level; their products add up to S.
     """
 
@@ -26,7 +27,7 @@ class Tokens:
 
     @property
     def allowed(self) -> Tensor | None:
-        """[B, 1, 1, S] bool for `scaled_dot_product_attention`, True on image; None without padding."""
+        """[B, 1, 1, S] bool, True on image, for attention; None without padding."""
         return None if self.padding_mask is None else ~self.padding_mask[:, None, None]
 
 
@@ -37,7 +38,8 @@ class Queries:
     Attributes:
         content: [B, Q, D].
         anchors: [B, Q, 4] cxcywh in 0..1 of the unpadded image.
-        attention_mask: bool, [Q, Q] or [B, Q, Q], True where a query (row) must not see a key; None: all see all.
+        attention_mask: bool, [Q, Q] or [B, Q, Q], True where a query (row) must not see a key;
+            None: all see all.
     """
 
     content: Tensor
@@ -46,7 +48,7 @@ class Queries:
 
     @property
     def allowed(self) -> Tensor | None:
-        """The mask for `scaled_dot_product_attention`: True where a query may see a key, [.., 1, Q, Q]."""
+        """[.., 1, Q, Q] bool for attention, True where a query (row) may see a key."""
         return None if self.attention_mask is None else ~self.attention_mask.unsqueeze(-3)
 
 

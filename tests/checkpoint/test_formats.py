@@ -67,11 +67,12 @@ def test_every_rule_is_used():
 
 
 def test_decoder_layers_keep_their_places():
+    decoder, encoder = "transformer.decoder.layers", "transformer.encoder.layers"
     names = {
-        "transformer.decoder.layers.3.ca_qpos_sine_proj.weight": "decoder.layers.3.cross_attn.query_sine.weight",
-        "transformer.decoder.layers.0.ca_qpos_proj.bias": "decoder.layers.0.cross_attn.query_position.bias",
-        "transformer.decoder.layers.5.self_attn.out_proj.weight": "decoder.layers.5.self_attn.output.weight",
-        "transformer.encoder.layers.2.self_attn.out_proj.weight": "encoder.layers.2.self_attn.out_proj.weight",
+        f"{decoder}.3.ca_qpos_sine_proj.weight": "decoder.layers.3.cross_attn.query_sine.weight",
+        f"{decoder}.0.ca_qpos_proj.bias": "decoder.layers.0.cross_attn.query_position.bias",
+        f"{decoder}.5.self_attn.out_proj.weight": "decoder.layers.5.self_attn.output.weight",
+        f"{encoder}.2.self_attn.out_proj.weight": "encoder.layers.2.self_attn.out_proj.weight",
         "backbone.0.body.layer4.2.bn3.running_var": "backbone.res5.2.conv3.norm.running_var",
         "backbone.0.body.layer1.0.downsample.1.bias": "backbone.res2.0.shortcut.norm.bias",
         "backbone.0.body.bn1.weight": "backbone.stem.conv1.norm.weight",

@@ -1,4 +1,4 @@
-"""Noised targets: layout, mask, split, assignment and flat form agree with each other and with the paper."""
+"""Noised targets: layout, mask, split, assignment and flat form agree, also with the paper."""
 
 import doctest
 
@@ -118,7 +118,8 @@ def test_many_more_targets_cost_no_more_operations():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             Counter.calls += 1
-            # What makes the host wait for an accelerator: reading values, or shapes that depend on them.
+            # What makes the host wait for an accelerator: reading values, or shapes that depend on
+            # them.
             assert function not in (
                 torch.ops.aten._local_scalar_dense.default,
                 torch.ops.aten.nonzero.default,

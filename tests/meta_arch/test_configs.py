@@ -19,7 +19,8 @@ NUM_PARAMETERS = {  # measured on the authors' code: all, and those that train
 }
 WORDS = {
     "train": (
-        "output_dir init_checkpoint epochs max_iter seed device accumulate clip_grad amp ema scale_lr overwrite"
+        "output_dir init_checkpoint epochs max_iter seed device accumulate clip_grad amp ema "
+        "scale_lr overwrite"
     ),
     "model": "num_classes denoising",
     "dataset": "train val",

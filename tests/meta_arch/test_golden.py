@@ -1,7 +1,8 @@
-"""Published weights give the published outputs: boxes, logits, detections, losses and gradient norms.
+"""Published weights give the published outputs: boxes, logits, detections, losses and gradients.
 
-The reference comes from the authors' code on the weights and images of tests/golden; the weights go through the
-project's converter. Gradient norms of key biases are rounding noise (softmax does not see them), hence `atol`.
+The reference comes from the authors' code on the weights and images of tests/golden; the weights go
+through the project's converter. Gradient norms of key biases are rounding noise (softmax does not
+see them), hence `atol`.
 """
 
 from pathlib import Path

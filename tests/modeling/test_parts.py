@@ -1,4 +1,4 @@
-"""Query source, neck, encoder, decoder, heads: invariants of the composed detector without a backbone."""
+"""Query source, neck, encoder, decoder, heads: invariants of the whole without a backbone."""
 
 import pytest
 import torch
@@ -166,7 +166,7 @@ def test_content_and_anchors_of_the_queries():
 
 @pytest.mark.parametrize("aligned", [0.0, 2.0])
 def test_few_layers_leave_no_parameter_without_use(aligned):
-    """No encoder layer, one decoder layer: DistributedDataParallel would stop at the second step."""
+    """No encoder layer, one decoder layer: else DDP stops at the second step."""
     model = Transformer()
     model.encoder = DABEncoder(D, num_heads=4, feedforward_dim=32, num_layers=0)
     model.decoder = DABDecoder(

@@ -1,4 +1,7 @@
-"""DN-DETR with ResNet-50 (DN-DAB-DETR; https://github.com/IDEA-Research/DN-DETR, models/DN_DAB_DETR)."""
+"""DN-DETR with ResNet-50.
+
+DN-DAB-DETR; https://github.com/IDEA-Research/DN-DETR, models/DN_DAB_DETR.
+"""
 
 from detectron2.config import LazyCall as L
 
@@ -15,9 +18,7 @@ from dn_detr.modeling import (
     SingleLevelNeck,
 )
 
-model = L(
-    DNDETR
-)(
+model = L(DNDETR)(
     num_classes=None,  # null: from the data; 91: classes are COCO category ids, as published
     backbone=L(build_resnet)(depth=50, dc5=False, freeze_at=2, out_features=["res5"]),
     neck=L(SingleLevelNeck)(
@@ -66,7 +67,8 @@ model = L(
         label_noise=0.2,
         center_noise=0.4,
         size_noise=0.4,
-        mask_unused=False,  # as published; True makes outputs independent of the other images' objects
+        # As published; True makes outputs independent of the other images' objects.
+        mask_unused=False,
     ),
     detections_per_image=300,
 )

@@ -1,7 +1,8 @@
 """A DN-DETR of 1.7 M parameters, for small images and training from scratch in minutes.
 
-It is the dense DN-DETR with everything smaller, on stride 8 instead of 32. What differs beyond size makes a short
-training possible: position codes of four periods an image, and cross-attention that starts out aligned with them.
+It is the dense DN-DETR with everything smaller, on stride 8 instead of 32. What differs beyond size
+makes a short training possible: position codes of four periods an image, and cross-attention that
+starts out aligned with them.
 """
 
 import math
