@@ -125,15 +125,18 @@ class DABDecoder(nn.Module):
             started from. The anchors carry gradient: the loss of layer i also trains the refinement
             of layer i - 1.
         """
-        content, anchors = queries.content, queries.anchors
-        all_states, all_anchors = [], [anchors]
+        content = queries.content
+        all_states, all_anchors = [], [queries.anchors]
+        # Anchors and their codes may be wider than the weights; autocast leaves all of them wide.
+        dtype = self.norm.weight.dtype
         for i, layer in enumerate(self.layers):
             anchors = all_anchors[-1] if i == 0 else all_anchors[-1].detach()
             code = encode_anchors(
                 anchors, self.embed_dim // 2, self.anchor_temperature, self.anchor_scale
             )
             sine = self._modulate(code[..., : self.embed_dim], content, anchors, is_first=i == 0)
-            content = layer(content, self.anchor_position(code), sine, memory, queries.allowed)
+            position = self.anchor_position(code.to(dtype))
+            content = layer(content, position, sine.to(dtype), memory, queries.allowed)
             all_states.append(self.norm(content))
             if i + 1 < len(self.layers):
                 all_anchors.append(refine(i, content, anchors))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -41,8 +40,8 @@ class SingleLevelNeck(nn.Module):
         position = self.position_encoding(mask).flatten(1, 2)
         return Tokens(
             features=feature.flatten(2).transpose(1, 2),
-            # Wider than float32 for a wider model, never narrower under autocast.
-            position=position.to(torch.promote_types(feature.dtype, position.dtype)),
+            # As the weights, not as the feature: autocast must not make it narrower.
+            position=position.to(self.projection.weight.dtype),
             padding_mask=mask.flatten(1) if padded else None,
             shapes=(shape,),
         )

@@ -131,9 +131,19 @@ def test_given_noised_targets_are_used():
     torch.testing.assert_close(other["loss_bbox"], a["loss_bbox"])
 
 
-def test_double_precision_follows_to():
-    model = build().double().train()
-    assert all(loss.isfinite() for loss in model([make_input()]).values())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("encoder_layers", [0, 1])
+def test_number_format_follows_to(dtype, encoder_layers):
+    model = build(f"model.encoder.num_layers={encoder_layers}")
+    batch = [make_input(96, 64), make_input(64, 112, seed=1)]
+    with torch.no_grad():
+        expected = model.eval().predict(batch)[0].boxes
+        boxes = model.to(dtype).predict(batch)[0].boxes
+    torch.testing.assert_close(boxes.float(), expected, rtol=0.05, atol=0.02)
+    losses = model.train()(batch)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert {p.grad.dtype for p in model.parameters()} == {dtype}
 
 
 def test_pixel_statistics_follow_the_model_and_stay_out_of_checkpoints():
