@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -52,12 +53,19 @@ class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator for any COCO-format file.
 
     A model that finds nothing gets AP 0, not NaN or nothing; what annotations may leave out
-    (``iscrowd``, ``area``) is filled in as for training, where pycocotools would stop.
+    (``iscrowd``, ``area``) is filled in as for training, where pycocotools would stop; annotation
+    ids may be any that training takes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        complete_annotations(self._coco_api.dataset["annotations"])
+        annotations = self._coco_api.dataset["annotations"]
+        complete_annotations(annotations)
+        # pycocotools takes an id of 0 for "not found", and cannot take a text.
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        with contextlib.redirect_stdout(None):  # it prints
+            self._coco_api.createIndex()
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         results = super().evaluate(img_ids)

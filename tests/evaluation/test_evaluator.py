@@ -107,3 +107,13 @@ def test_annotations_without_iscrowd_and_area_are_evaluated(dataset):
         del annotation["iscrowd"], annotation["area"]
     Path(path).write_text(json.dumps(content))
     assert evaluate(path, perfect(content, {2: 0, 7: 2}))["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("new_id", [lambda i: i, lambda i: f"box {i}"], ids=["from 0", "text"])
+def test_any_annotation_ids_are_evaluated(dataset, new_id):
+    """pycocotools writes them into arrays of numbers, and takes 0 for "not found"."""
+    path, content = dataset
+    for index, annotation in enumerate(content["annotations"]):
+        annotation["id"] = new_id(index)
+    Path(path).write_text(json.dumps(content))
+    assert evaluate(path, perfect(content, {2: 0, 7: 2}))["bbox"]["AP"] == pytest.approx(100)
