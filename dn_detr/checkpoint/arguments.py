@@ -93,7 +93,7 @@ def check_arguments(
         theirs = 0 if theirs is None and name == "num_patterns" else theirs
         try:
             ours = read(model)
-        except AttributeError:  # another kind of model; its names will not fit
+        except (AttributeError, IndexError):  # another kind of model; its names will not fit
             ours = "(no such part)"
         compared.append(name)
         if ours != theirs:

@@ -145,6 +145,7 @@ def test_ddp_prefixes_and_bare_state_dicts(tmp_path):
             "dn_detr_r101_50ep",
             r"backbone=resnet50 in the file, but resnet101[\s\S]*dn_detr_r50_50ep\.py",
         ),
+        ("dn_dab_detr_r50", "shapes_demo", r"nheads=8 in the file, but \(no such part\)"),
         ("dab_detr_r50", "dn_detr_r50_50ep", r"official DAB-DETR.*Use a config dab_detr_"),
         ("dn_dab_detr_r50", "dab_detr_r50_50ep", r"official DN-DETR.*Use a config dn_detr_"),
     ],
