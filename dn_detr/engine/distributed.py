@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Callable, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,6 +63,16 @@ def wrap_ddp(model: nn.Module, **kwargs: Any) -> nn.Module:
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers", True)  # since torch 2.14
     return create_ddp_model(model, **kwargs)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives all processes the buffers of the main process, whose model is the one that is saved.
+
+    A batch norm collects statistics of its own in every process.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

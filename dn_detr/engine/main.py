@@ -24,7 +24,12 @@ from omegaconf import DictConfig, ListConfig  # noqa: E402
 from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata  # noqa: E402
 from dn_detr.data.check import check_coco  # noqa: E402
 from dn_detr.engine.config import load_config, resolve_config, training_categories  # noqa: E402
-from dn_detr.engine.distributed import on_main_process, unwrap, wrap_ddp  # noqa: E402
+from dn_detr.engine.distributed import (  # noqa: E402
+    on_main_process,
+    share_buffers,
+    unwrap,
+    wrap_ddp,
+)
 from dn_detr.engine.ema import EMAHook, WeightAverage  # noqa: E402
 from dn_detr.engine.files import (  # noqa: E402
     fetch_weights,
@@ -136,6 +141,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> Results:
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module, suffix: str = "") -> Results:
+    share_buffers(model)
     loader = instantiate(cfg.dataloader.test)
     evaluator = dict(cfg.dataloader.evaluator)
     if evaluator.get("output_dir"):

@@ -1,6 +1,9 @@
 """The demo's config through the whole of training and evaluation, scaled down to seconds."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from detectron2.engine import default_argument_parser
 
 from dn_detr.engine.main import main
 
-CONFIG = str(Path(__file__).parents[2] / "projects" / "dn_detr" / "configs" / "shapes_demo.py")
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "projects" / "dn_detr" / "configs" / "shapes_demo.py")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +26,16 @@ def data(tmp_path_factory):
     return [f"dataset.root={root}", *generate]
 
 
-def run(folder, data, *overrides, flags=()):
+def options(folder, data, *overrides, flags=()):
     small = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
     small += ["dataloader.train.total_batch_size=4", "train.device=cpu", "train.log_period=1"]
-    options = ["--config-file", CONFIG, *flags, f"train.output_dir={folder}"]
-    return main(default_argument_parser().parse_args([*options, *data, *small, *overrides]))
+    given = ["--config-file", CONFIG, *flags, f"train.output_dir={folder}"]
+    return [*given, *data, *small, *overrides]
+
+
+def run(folder, data, *overrides, flags=()):
+    given = options(folder, data, *overrides, flags=flags)
+    return main(default_argument_parser().parse_args(given))
 
 
 def losses(folder):
@@ -62,3 +71,26 @@ def test_training_is_the_same_with_the_same_seed(data, tmp_path):
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"] for name in "ab"
     )
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_two_processes_evaluate_the_model_that_they_save(data, tmp_path):
+    """Each process has batch statistics of its own; what counts is what is in the checkpoint."""
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py")]
+    done = subprocess.run(
+        [*command, *options(tmp_path, data, "train.max_iter=3", flags=["--num-gpus", "2"])],
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    run(tmp_path / "eval", data, weights, flags=["--eval-only"])
+    for name in ("inference", "inference_ema"):
+        pair = (
+            json.loads((folder / name / "coco_instances_results.json").read_text())
+            for folder in (tmp_path, tmp_path / "eval")
+        )
+        for trained, loaded in zip(*pair, strict=True):
+            assert trained["image_id"] == loaded["image_id"]
+            assert trained["score"] == pytest.approx(loaded["score"], rel=1e-4)
+            assert trained["bbox"] == pytest.approx(loaded["bbox"], abs=1e-2)
