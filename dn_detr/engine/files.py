@@ -27,8 +27,8 @@ RECORDS = (
     "events.out.tfevents.*",
     "log.txt*",
     "config.yaml",
-    "coco_instances_results.json",
-    "instances_predictions.pth",
+    "inference*/coco_instances_results.json",
+    "inference*/instances_predictions.pth",
 )
 
 

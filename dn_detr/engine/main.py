@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
+from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 import torch
@@ -185,8 +185,9 @@ def _build_checkpointer(
     cfg: DictConfig, trainer: Trainer, average: WeightAverage | None
 ) -> DNCheckpointer:
     folder = cfg.train.output_dir
-    with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
-        metadata = build_metadata(file.read(), training_categories(cfg))
+    # Only the main process has the file where machines have disks of their own.
+    config = on_main_process((Path(folder) / "config.yaml").read_text, encoding="utf-8")
+    metadata = build_metadata(config, training_categories(cfg))
     extra: dict[str, Any] = {"trainer": trainer}
     if average is not None:
         extra["ema"] = average

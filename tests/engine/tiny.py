@@ -1,5 +1,7 @@
 """A stand-in detector that trains in milliseconds."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -59,6 +61,16 @@ class TinyDetector(nn.Module):
         result.scores = score * torch.linspace(1, 0.5, QUERIES, device=boxes.device)
         result.pred_classes = label.expand(QUERIES)
         return {"instances": result}
+
+
+class ElsewhereInProcessOne(TinyDetector):
+    """Sends the second of several processes elsewhere, as on a machine with a disk of its own."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        if comm.get_rank() == 1:
+            os.mkdir("elsewhere")
+            os.chdir("elsewhere")
 
 
 class BreaksInProcessOne(TinyDetector):

@@ -164,6 +164,8 @@ def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_p
 def test_folder_with_checkpoints_is_refused_or_replaced(shapes, tmp_path):
     train(tmp_path, shapes, "train.max_iter=1")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "inference_ema").mkdir()
+    (tmp_path / "inference_ema" / "coco_instances_results.json").write_text("[]")
     message = refused(tmp_path, shapes, "train.max_iter=1")
     for part in ("already holds checkpoints", "--resume", "train.overwrite=True"):
         assert part in message
@@ -172,6 +174,7 @@ def test_folder_with_checkpoints_is_refused_or_replaced(shapes, tmp_path):
     train(tmp_path, shapes, "train.max_iter=2", "train.overwrite=True")
     assert [row["iteration"] for row in metrics_of(tmp_path) if "total_loss" in row] == [0, 1]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "inference_ema" / "coco_instances_results.json").exists()
 
 
 def test_evaluation_without_a_checkpoint_is_refused(shapes, tmp_path):
@@ -256,8 +259,8 @@ def test_two_processes_train_like_one(shapes, tmp_path):
     options = [shapes, "train.accumulate=2", "train.max_iter=3", "train.ema.enabled=True"]
     options += ["dataloader.train.mapper.augmentations=[]", "optimizer.eps=1e-3"]
     done = script(
-        *("--config-file", CONFIG, "--num-gpus", "2", *options),
-        f"train.output_dir={tmp_path}/two",
+        *("--config-file", CONFIG, "--num-gpus", "2", *options, "train.output_dir=two"),
+        "model._target_=tests.engine.tiny.ElsewhereInProcessOne",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
