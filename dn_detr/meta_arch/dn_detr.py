@@ -172,7 +172,14 @@ class DNDETR(nn.Module):
             gt_boxes = x["instances"].gt_boxes.tensor
             boxes.append(box_convert(gt_boxes / scale.to(gt_boxes.device), "xyxy", "cxcywh"))
             labels.append(x["instances"].gt_classes)
-        return Targets.pad(labels, boxes).to(self.device)
+        targets = Targets.pad(labels, boxes)
+        # Here it costs nothing; on an accelerator it would end in an assertion of a kernel.
+        if targets.width and targets.labels.max() >= self.num_classes:
+            raise ValueError(
+                f"gt_classes go up to {targets.labels.max()}, but model.num_classes="
+                f"{self.num_classes}: classes are 0..{self.num_classes - 1}"
+            )
+        return targets.to(self.device)
 
     @torch.no_grad()
     def detections(

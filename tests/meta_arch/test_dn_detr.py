@@ -104,6 +104,13 @@ def test_targets_are_relative_to_the_unpadded_image():
     assert targets.counts == (1, 3) and targets.valid.sum() == 4
 
 
+def test_classes_that_the_model_does_not_have_are_refused():
+    x = make_input()
+    x["instances"].gt_classes[1] = 3
+    with pytest.raises(ValueError, match="go up to 3, but model.num_classes=3: classes are 0..2"):
+        build().train()([x])
+
+
 def test_one_query_may_give_several_detections_and_boxes_follow_their_queries():
     from dn_detr.modeling import Predictions
 
