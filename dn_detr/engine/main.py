@@ -95,7 +95,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         logger.info("Resuming after %d of %d iterations.", start, cfg.train.max_iter)
         if start >= cfg.train.max_iter:
             logger.info("Nothing is left to train; a larger train.max_iter would go on.")
-            return do_test(cfg, model, average)
+            averaged = average is not None and average.updates > 0  # not if it was off till now
+            return do_test(cfg, model, average if averaged else None)
     elif source.path:
         checkpointer.load_weights(source.path, categories=training_categories(cfg), strict=False)
     trainer.train(start, cfg.train.max_iter)

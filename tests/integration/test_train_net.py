@@ -153,6 +153,12 @@ def test_resume_of_a_finished_training_evaluates(trained, shapes):
     assert "Nothing is left to train" in (folder / "log.txt").read_text()
 
 
+def test_averaged_weights_that_no_step_made_are_not_evaluated(shapes, tmp_path):
+    train(tmp_path, shapes, "train.max_iter=1")
+    options = [shapes, "train.max_iter=1", "train.ema.enabled=True"]
+    assert set(train(tmp_path, *options, flags=["--resume"])) == {"bbox"}
+
+
 def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
     weights = trained[0] / "model_final.pth"
     options = [shapes, "train.max_iter=1", f"train.init_checkpoint={weights}"]
