@@ -32,6 +32,19 @@ NULLABLE_TYPES: dict[str, type] = {
     "train.device": str,
 }
 
+# What users of detectron2's yacs configs write, and what it is called here.
+YACS_KEYS: dict[str, str] = {
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "MODEL.DEVICE": "train.device",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "SOLVER.AMP.ENABLED": "train.amp.enabled",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+}
+
 
 class ConfigError(ValueError):
     """A config, an override or a command line that cannot be used; the message says why."""
@@ -154,10 +167,10 @@ def _check_parent(cfg: DictConfig, key: str) -> None:
 def _unknown_key(cfg: DictConfig, node: DictConfig, key: str, where: str, name: str) -> str:
     prefix = f"{where}." if where else ""
     valid = sorted({str(k) for k in node if k != "_target_"} | set(_parameters(node)))
-    near = [prefix + n for n in _closest(name, valid)] or _suggestions(cfg, key)
+    near = [] if key in YACS_KEYS else [prefix + n for n in _closest(name, valid)]
+    near = near or _suggestions(cfg, key)
     message = f"unknown key {key}"
-    if near:
-        message += f"; did you mean {' or '.join(near)}?"
+    message += f"; did you mean {' or '.join(near)}?" if near else "."
     if valid and len(valid) <= 40:
         message += f" Valid under {where or 'the top'}: {', '.join(valid)}."
     return f"{message} A new key is written +{key}=..."
@@ -171,6 +184,8 @@ def _closest(name: str, candidates: list[str], count: int = 3) -> list[str]:
 
 def _suggestions(cfg: DictConfig, key: str) -> list[str]:
     """The full keys of `cfg` nearest to `key`: those with the same last name first."""
+    if key in YACS_KEYS:
+        return [YACS_KEYS[key]]
     keys = _all_keys(cfg)
     last = key.rsplit(".", 1)[-1].lower()
     same_last = [k for k in keys if k.rsplit(".", 1)[-1].lower() == last]
@@ -214,15 +229,21 @@ def _checked_value(cfg: DictConfig, key: str, value: Any) -> Any:
     """Returns the value with the type of what it replaces, as far as that can be told.
 
     Raises:
-        ConfigError: a number is replaced by what is none, or a path by what is no text.
+        ConfigError: a number is replaced by what is none, a path by what is no text, or a section
+            such as train.amp by a value.
     """
     old = _current(cfg, key)
+    is_reference = isinstance(value, str) and "${" in value
+    is_section = isinstance(old, DictConfig) and "_target_" not in old
+    if is_section and not (is_reference or isinstance(value, dict)):
+        names = [f"{key}.{name}=..." for name in old]
+        raise ConfigError(f"{key} is a section, not a value; write {' or '.join(names)}")
     expected = NULLABLE_TYPES.get(key)
     if expected is None and isinstance(old, (bool, int, float, str)):
         expected = type(old)
     if expected is None or value is None:
         return value
-    if isinstance(value, str) and "${" in value:
+    if is_reference:
         return value
     if expected is str:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
