@@ -58,7 +58,11 @@ class BestCheckpointer(HookBase):
     def _compare(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._metric, (math.nan, None))
         if not math.isfinite(value):
-            logger.warning("%s was not computed: no best checkpoint.", self._metric)
+            logger.warning(
+                "train.best_metric=%s was not computed: no model_best.pth. Name one that is, such "
+                "as bbox/AP (bbox_ema/AP needs train.ema.enabled=True).",
+                self._metric,
+            )
         elif self.best is not None and value <= self.best:
             logger.info(
                 "%s is %.3f; the best is %.3f, of iteration %d.",
