@@ -55,6 +55,8 @@ def load_config(path: str, overrides: list[str] | None = None) -> DictConfig:
     if missing:
         raise ConfigError(f"config file {path} does not define {', '.join(missing)}.")
     apply_overrides(cfg, list(overrides or []))
+    if cfg.train.get("init_checkpoint", "") is None:
+        cfg.train.init_checkpoint = ""  # both mean: from scratch
     return cfg
 
 

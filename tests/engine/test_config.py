@@ -53,6 +53,10 @@ def test_override(override, key, value, monkeypatch):
     assert OmegaConf.select(load_config(CONFIG, [override]), key) == value
 
 
+def test_no_init_checkpoint_is_from_scratch():
+    assert load_config(CONFIG, ["train.init_checkpoint=null"]).train.init_checkpoint == ""
+
+
 def test_override_with_a_target_replaces_the_node():
     target = "fvcore.common.param_scheduler.ConstantParamScheduler"
     cfg = load_config(CONFIG, [f"lr_multiplier={{_target_: {target}, value: 1.0}}"])
