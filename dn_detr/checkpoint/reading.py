@@ -116,6 +116,7 @@ def _refused(path: Path, name: str) -> CheckpointError:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason.split(". In PyTorch 2.6")[0]  # there torch advises to run what is in the file
     return CheckpointError(
         f"Checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is truncated, "
         f"damaged or no checkpoint. Download or save it again. ({type(error).__name__}: {reason})"
