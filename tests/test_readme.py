@@ -73,7 +73,8 @@ def arguments_only(monkeypatch: pytest.MonkeyPatch):
 def test_commands_are_found() -> None:
     assert {command[0] for command in COMMANDS} == {"make", "pip", "export", "python"}
     scripts = {script_and_arguments(words)[0].name for words in SCRIPTS}
-    assert scripts >= {path.name for path in (ROOT / "tools").glob("*.py")} | {"shapes.py", "train.py"}
+    tools = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert scripts >= tools | {"shapes.py", "train.py"}
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
@@ -88,8 +89,8 @@ def test_a_command_parses(words, arguments_only, monkeypatch) -> None:
 
 @pytest.mark.parametrize("readme", READMES)
 def test_keys_and_values_in_the_text_exist(readme) -> None:
-    for override in re.findall(KEY_AND_VALUE, text_of(readme)):
-        load_config(str(ROOT / CONFIG), [override])
+    for overrides in re.findall(KEY_AND_VALUE, text_of(readme)):
+        load_config(str(ROOT / CONFIG), overrides.split())
 
 
 @pytest.mark.parametrize("readme", READMES)
