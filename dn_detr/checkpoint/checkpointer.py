@@ -140,6 +140,18 @@ class DNCheckpointer(DetectionCheckpointer):
         self._load_state(state, path, strict)
         return checkpoint
 
+    def resume(self, path: str, *, categories: Categories) -> None:
+        """Loads the model, strictly, and all that was saved beside it, to go on with a training.
+
+        Raises:
+            CheckpointError: see `load_weights`. Stock: a model of other shapes or classes is loaded
+                in part, and goes on.
+        """
+        rest = self.load_weights(path, categories=categories, strict=True)
+        for name, item in self.checkpointables.items():
+            if name in rest:
+                item.load_state_dict(rest[name])
+
     def _read(self, path: str) -> dict[str, Any]:
         self._parsed_url_during_load = urlparse(path)
         try:
@@ -341,5 +353,5 @@ def _class_message(
     return message + (
         f"{len(theirs) or old_count} and {len(ours)}. Only in the checkpoint: "
         f"{sample(theirs - ours) or '-'}; only in the data: {sample(ours - theirs) or '-'}. "
-        f"Evaluate on the data it was trained for, or train on this one first."
+        f"Use the data it was trained for, or fine-tune it: train.init_checkpoint={path}"
     )

@@ -90,7 +90,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     trainer.register_hooks(_build_hooks(cfg, trainer, checkpointer, average, results))
     start = 0
     if source.resume:
-        checkpointer.load(source.path)
+        checkpointer.resume(source.path, categories=training_categories(cfg))
         start = trainer.iter + 1
         logger.info("Resuming after %d of %d iterations.", start, cfg.train.max_iter)
         if start >= cfg.train.max_iter:

@@ -13,6 +13,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.engine import default_argument_parser
 
+from dn_detr.checkpoint.reading import CheckpointError
 from dn_detr.engine.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,18 @@ def test_train_resume_and_evaluate(data, tmp_path):
     again = run(tmp_path / "eval", data, weights, flags=["--eval-only"])
     for task in results:
         assert again[task] == pytest.approx(results[task], nan_ok=True)
+
+
+def test_resume_with_other_classes_is_refused(data, tmp_path):
+    run(tmp_path, data, "train.max_iter=1")
+    root, others = Path(data[0].partition("=")[2]), []
+    for split in ("train", "val"):
+        renamed = (root / f"{split}.json").read_text().replace('"ring"', '"torus"')
+        (tmp_path / f"{split}.json").write_text(renamed)
+        others += [f"dataset.{split}.json={tmp_path}/{split}.json"]
+        others += [f"dataset.{split}.images={root}/{split}"]
+    with pytest.raises(CheckpointError, match="in the checkpoint: ring; only in the data: torus"):
+        run(tmp_path, data, "train.max_iter=2", *others, flags=["--resume"])
 
 
 def test_denoising_can_be_switched_off(data, tmp_path):

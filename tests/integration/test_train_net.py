@@ -159,6 +159,15 @@ def test_averaged_weights_that_no_step_made_are_not_evaluated(shapes, tmp_path):
     assert set(train(tmp_path, *options, flags=["--resume"])) == {"bbox"}
 
 
+def test_resume_of_another_model_is_refused(shapes, tmp_path):
+    train(tmp_path, shapes, "train.max_iter=1")
+    before = (tmp_path / "model_final.pth").read_bytes()
+    options = [shapes, "train.max_iter=2", "model.width=16"]
+    message = refused(tmp_path, *options, flags=["--resume"])
+    assert "model_final.pth does not fit the model" in message and "of another shape: " in message
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
 def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
     weights = trained[0] / "model_final.pth"
     options = [shapes, "train.max_iter=1", f"train.init_checkpoint={weights}"]
