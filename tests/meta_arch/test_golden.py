@@ -126,8 +126,9 @@ def check_gradients(model, reference):
     assert not unknown and sources.keys() == trained.keys()
     for name, parameter in trained.items():
         expected = norms[sources[name]].item()
-        # The slope of a PReLU sums over all tokens with both signs: more rounding.
-        rel = 5e-4 if parameter.numel() > 1 else 5e-3
+        # Rounding, which depends on the number of threads (seen: 6e-4 with one). The slope of a
+        # PReLU sums over all tokens with both signs: more rounding.
+        rel = 2e-3 if parameter.numel() > 1 else 5e-3
         assert parameter.grad.norm().item() == pytest.approx(expected, rel=rel, abs=1e-4), name
 
 
