@@ -31,5 +31,7 @@ train = dict(
     checkpointer=dict(period=None, max_to_keep=3),  # null: one epoch
     eval_period=None,  # null: one epoch; 0: only at the end
     log_period=20,
-    best_metric="bbox/AP",  # model_best.pth holds the weights that were best in this
+    # model_best.pth holds the weights that were best in this; null: AP of the averaged weights
+    # ("bbox_ema/AP") where there are some, else of the raw ones ("bbox/AP").
+    best_metric=None,
 )

@@ -36,7 +36,8 @@ def load_config(path: str, overrides: list[str] | None = None) -> DictConfig:
     Args:
         path: a LazyConfig: a .py file, or a saved .yaml. It is a program: load only what you would
             run.
-        overrides: see `dn_detr.engine.overrides.apply_overrides`.
+        overrides: see `dn_detr.engine.overrides.apply_overrides`. `train.epochs` without
+            `train.max_iter` sets the latter to null, to be computed.
 
     Returns:
         the config, with nothing resolved yet.
@@ -55,6 +56,9 @@ def load_config(path: str, overrides: list[str] | None = None) -> DictConfig:
     if missing:
         raise ConfigError(f"config file {path} does not define {', '.join(missing)}.")
     apply_overrides(cfg, list(overrides or []))
+    given = {override.lstrip("+").partition("=")[0] for override in overrides or []}
+    if "train.epochs" in given and "train.max_iter" not in given:
+        cfg.train.max_iter = None  # who asks for epochs does not want the number of the file
     if cfg.train.get("init_checkpoint", "") is None:
         cfg.train.init_checkpoint = ""  # both mean: from scratch
     return cfg
@@ -88,9 +92,9 @@ def resolve_config(cfg: DictConfig, num_processes: int = 1, eval_only: bool = Fa
     """Fills, in place, what a config leaves to the data and the machine.
 
     That is: the data of `dataset.generate` (made by the main process if it is not there),
-    `model.num_classes`, `train.device`, `train.max_iter`, the periods left null (one epoch), and
-    `optimizer.lr` where `train.scale_lr` asks for it. Done before the config is saved, so that the
-    saved one says what was run; a resolved config is left as it is.
+    `model.num_classes`, `train.device`, `train.best_metric`, `train.max_iter`, the periods left
+    null (one epoch), and `optimizer.lr` where `train.scale_lr` asks for it. Done before the config
+    is saved, so that the saved one says what was run; a resolved config is left as it is.
 
     Args:
         cfg: of `load_config`.
@@ -103,6 +107,8 @@ def resolve_config(cfg: DictConfig, num_processes: int = 1, eval_only: bool = Fa
     refuse_invalid_values(cfg, num_processes)
     if cfg.train.device is None:
         cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.train.best_metric is None:
+        cfg.train.best_metric = "bbox_ema/AP" if cfg.train.ema.enabled else "bbox/AP"
     on_main_process(_generate_data, cfg)
     classes, images = on_main_process(_read_data, cfg, eval_only)
     cfg.model.num_classes = classes

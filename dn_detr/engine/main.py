@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from omegaconf import DictConfig, ListConfig  # noqa: E402
 
 from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata  # noqa: E402
+from dn_detr.checkpoint.writing import write_text_atomically  # noqa: E402
 from dn_detr.data.check import check_coco  # noqa: E402
 from dn_detr.engine.config import load_config, resolve_config, training_categories  # noqa: E402
 from dn_detr.engine.distributed import (  # noqa: E402
@@ -62,10 +65,26 @@ def main(args: argparse.Namespace) -> Results:
     on_main_process(prepare_output_dir, cfg, resume=args.resume, eval_only=args.eval_only)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="dn_detr")
     resolve_config(cfg, comm.get_world_size(), args.eval_only)
-    default_setup(cfg, args)
     if args.eval_only:
+        with _kept(os.path.join(cfg.train.output_dir, "config.yaml")):
+            default_setup(cfg, args)
         return evaluate_checkpoint(cfg)
+    default_setup(cfg, args)
     return do_train(cfg, resume=args.resume)
+
+
+@contextlib.contextmanager
+def _kept(path: str) -> Iterator[None]:
+    """Leaves a file as it was: the config of a training outlives an evaluation in its folder."""
+    text = None
+    if comm.is_main_process() and os.path.exists(path):
+        with open(path) as file:
+            text = file.read()
+    try:
+        yield
+    finally:
+        if text is not None:
+            write_text_atomically(text, path)
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from dn_detr.evaluation.drawing import (  # noqa: E402
 )
 from dn_detr.evaluation.predictor import Predictor, read_rgb  # noqa: E402
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = 2
 GAP_OF_PAIRS = 32  # pixels: wide enough to see which two belong together
 MAX_SHEET_WIDTH = 2400  # pixels
@@ -47,13 +50,19 @@ def draw_images(
         number.
 
     Raises:
-        ValueError: an image cannot be read.
+        ValueError: the only image cannot be read; of several, such an image is skipped and named.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for path in images:
-        image = read_rgb(path)
+        try:
+            image = read_rgb(path)
+        except ValueError as error:
+            if len(images) == 1:
+                raise
+            logger.warning("skipped: %s", error)  # one bad file in a folder costs no other
+            continue
         objects = from_instances(predictor(image), threshold)
         picture = draw_objects(image, objects, predictor.class_names)
         target = folder / f"{path.stem}.png"

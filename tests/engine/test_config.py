@@ -57,6 +57,19 @@ def test_no_init_checkpoint_is_from_scratch():
     assert load_config(CONFIG, ["train.init_checkpoint=null"]).train.init_checkpoint == ""
 
 
+def test_epochs_alone_give_the_length_and_a_number_of_iterations_wins():
+    assert isinstance(load_config(CONFIG).train.max_iter, int)
+    assert load_config(CONFIG, ["train.epochs=3"]).train.max_iter is None
+    assert load_config(CONFIG, ["train.epochs=3", "train.max_iter=5"]).train.max_iter == 5
+
+
+@pytest.mark.parametrize("averaged, metric", [(True, "bbox_ema/AP"), (False, "bbox/AP")])
+def test_the_best_weights_are_the_averaged_ones_where_there_are_some(data, averaged, metric):
+    cfg = load_config(CONFIG, [data, f"train.ema.enabled={averaged}"])
+    resolve_config(cfg)
+    assert cfg.train.best_metric == metric
+
+
 def test_override_with_a_target_replaces_the_node():
     target = "fvcore.common.param_scheduler.ConstantParamScheduler"
     cfg = load_config(CONFIG, [f"lr_multiplier={{_target_: {target}, value: 1.0}}"])

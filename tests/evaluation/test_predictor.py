@@ -129,6 +129,16 @@ def test_pictures_of_one_name_do_not_replace_each_other(
     assert all(path.is_file() for path in written)
 
 
+def test_one_broken_image_of_several_is_skipped(predictor: Predictor, tmp_path: Path) -> None:
+    images = [tmp_path / "broken.jpg", tmp_path / "good.png"]
+    images[0].write_text("no image")
+    Image.new("RGB", (50, 30)).save(images[1])
+    written = draw_images(predictor, images, tmp_path / "out", threshold=0.0)
+    assert [path.name for path in written] == ["good.png"]
+    with pytest.raises(ValueError, match="broken.jpg cannot be read"):
+        draw_images(predictor, images[:1], tmp_path / "out", threshold=0.0)
+
+
 def test_validation_images_beside_the_ground_truth(
     trained, predictor: Predictor, tmp_path: Path
 ) -> None:

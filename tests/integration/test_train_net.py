@@ -129,6 +129,14 @@ def test_eval_only_equals_the_final_evaluation(trained, shapes, tmp_path):
     assert same(main(saved), results)  # the saved config has EMA switched on
 
 
+def test_an_evaluation_leaves_the_config_of_the_training_alone(trained, shapes):
+    folder, _ = trained
+    before = (folder / "config.yaml").read_text()
+    weights = f"train.init_checkpoint={folder}/model_final.pth"
+    train(folder, shapes, weights, "train.seed=7", flags=["--eval-only"])
+    assert (folder / "config.yaml").read_text() == before
+
+
 def test_resume_goes_on_where_training_stopped(trained, shapes, tmp_path):
     train(tmp_path, shapes, "train.ema.enabled=True", "train.max_iter=3")
     assert load(tmp_path / "model_final.pth")["iteration"] == 2

@@ -18,5 +18,4 @@ train.log_period = 50
 train.clip_grad.params.max_norm = 0.5
 train.ema.enabled = True
 train.ema.decay = 0.995
-train.best_metric = "bbox_ema/AP"
 train.output_dir = "./output/shapes_demo"
