@@ -176,6 +176,12 @@ def test_resume_of_another_model_is_refused(shapes, tmp_path):
     assert (tmp_path / "model_final.pth").read_bytes() == before
 
 
+def test_resume_without_the_file_that_says_where_is_refused(shapes, tmp_path):
+    (tmp_path / "model_0000001.pth").touch()
+    message = refused(tmp_path, shapes, flags=["--resume"])
+    assert "holds model_0000001.pth, but no file last_checkpoint" in message
+
+
 def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
     weights = trained[0] / "model_final.pth"
     options = [shapes, "train.max_iter=1", f"train.init_checkpoint={weights}"]

@@ -63,7 +63,10 @@ def test_cost_equals_the_plain_one():
 def test_saturated_bfloat16_logits_still_match():
     predictions, labels, boxes = make_case((3, 2))
     saturated = Predictions((predictions.logits * 50).bfloat16(), predictions.boxes.bfloat16())
-    assert HungarianMatcher()(saturated, Targets.pad(labels, boxes)).valid.any()
+    wide = Predictions(saturated.logits.float(), saturated.boxes.float())
+    targets = Targets.pad(labels, boxes)
+    cost = HungarianMatcher().cost(saturated, targets)
+    assert cost.isfinite().all() and torch.equal(cost, HungarianMatcher().cost(wide, targets))
 
 
 def test_a_cost_that_is_not_a_number_names_layer_and_image():
