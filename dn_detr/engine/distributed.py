@@ -78,3 +78,14 @@ def share_buffers(model: nn.Module) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, without DistributedDataParallel round it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def leave_group() -> None:
+    """Ends the connections between the processes, once all have come here.
+
+    Threads of the group that still run when a process ends can abort it ("terminate called without
+    an active exception"), after all work was done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        comm.synchronize()
+        dist.destroy_process_group()

@@ -23,7 +23,7 @@ from detectron2.utils import comm  # noqa: E402
 from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.engine.config import load_config, refuse_invalid_values  # noqa: E402
-from dn_detr.engine.distributed import SharedError  # noqa: E402
+from dn_detr.engine.distributed import SharedError, leave_group  # noqa: E402
 from dn_detr.engine.main import main  # noqa: E402
 from dn_detr.engine.overrides import ConfigError  # noqa: E402
 
@@ -67,6 +67,7 @@ def guarded_main(args: argparse.Namespace) -> None:
     """`main`, in one process, with a user's errors as one message."""
     try:
         main(args)
+        leave_group()
     except Exception as error:
         if not _is_ours(error):
             raise

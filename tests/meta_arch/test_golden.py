@@ -80,11 +80,17 @@ def test_evaluation_equals_the_published_outputs(variant):
     close(predictions.logits[-1].amax(-1), reference["eval_logits_max"])
     for image, found in enumerate(model.detections(predictions, images.image_sizes)):
         close(found.scores[:100], reference["det_scores"][image])
-        if variant.startswith(
-            "dn_"
-        ):  # DAB-DETR's queries hardly differ, so that their order is noise
-            assert found.pred_classes[:100].tolist() == reference["det_labels"][image].tolist()
-            close(found.pred_boxes.tensor[:100], reference["det_boxes"][image], atol=0.01)
+        if variant.startswith("dn_"):  # DAB-DETR's queries hardly differ: which is best is noise
+            check_detections(found, *(reference[f"det_{n}"][image] for n in ("labels", "boxes")))
+
+
+def check_detections(found, labels, boxes):
+    """Every reference detection is there, at its place or next to it: near ties may swap."""
+    for place, (label, box) in enumerate(zip(labels, boxes)):
+        near = slice(max(place - 1, 0), place + 2)
+        same = found.pred_classes[near] == int(label)
+        difference = (found.pred_boxes.tensor[near] - torch.from_numpy(box)).abs().amax(1)
+        assert (same & (difference < 0.01)).any(), place
 
 
 @pytest.mark.parametrize("variant", TRAINED)

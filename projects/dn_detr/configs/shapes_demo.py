@@ -11,9 +11,9 @@ optimizer.params.lr_factor_func.factor = 6.0  # the backbone starts from scratch
 optimizer.fused = True
 
 train.init_checkpoint = ""
-train.max_iter = 1600
+train.max_iter = 1800
 train.reference_batch_size = 8
-train.eval_period = 800
+train.eval_period = 900
 train.log_period = 50
 train.clip_grad.params.max_norm = 0.5
 train.ema.enabled = True
