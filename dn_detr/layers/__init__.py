@@ -6,7 +6,11 @@ Plain PyTorch.
 from dn_detr.layers.assignment import Assignment
 from dn_detr.layers.attention import ConditionalCrossAttention, ConditionalSelfAttention
 from dn_detr.layers.boxes import generalized_box_iou, inverse_sigmoid
-from dn_detr.layers.deformable import multi_scale_deformable_attention
+from dn_detr.layers.deformable import (
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_attention,
+    project_values,
+)
 from dn_detr.layers.mlp import MLP, FeedForward
 from dn_detr.layers.position import SinePositionEncoding, encode_anchors, sine_encode
 from dn_detr.layers.targets import Targets
@@ -17,11 +21,13 @@ __all__ = [
     "ConditionalSelfAttention",
     "FeedForward",
     "MLP",
+    "MultiScaleDeformableAttention",
     "SinePositionEncoding",
     "Targets",
     "encode_anchors",
     "generalized_box_iou",
     "inverse_sigmoid",
     "multi_scale_deformable_attention",
+    "project_values",
     "sine_encode",
 ]

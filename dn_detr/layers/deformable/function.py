@@ -46,7 +46,7 @@ def multi_scale_deformable_attention(
             metadata is looked at, so no device is waited for.
     """
     _check_tensors(value=value, locations=locations, weights=weights)
-    flat_shapes = _check_shapes(shapes, value)
+    flat_shapes = check_shapes(shapes, value)
     points = _check_points(points_per_level, len(flat_shapes) // 2, locations)
     level_axes = [sum(points)] if points_per_level is not None else [len(points), points[0]]
     expected = [value.shape[0], locations.shape[1], value.shape[2], *level_axes]
@@ -72,7 +72,7 @@ def _check_tensors(**tensors: Tensor) -> None:
         raise ValueError("locations: [B, Q, H, L, P, 2] is needed, got fewer than 2 dimensions")
 
 
-def _check_shapes(shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
+def check_shapes(shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
     """h0, w0, h1, w1, ...; integers that are fit for `value`."""
     hint = "a sequence of (height, width) is needed, such as [(100, 167), (50, 84)]"
     if isinstance(shapes, Tensor):
@@ -86,8 +86,7 @@ def _check_shapes(shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]
     tokens = sum(height * width for height, width in zip(flat[::2], flat[1::2]))
     if tokens != value.shape[1]:
         raise ValueError(
-            f"shapes: {shapes!r} add up to {tokens} tokens, but value [B, S, H, D] has "
-            f"S = {value.shape[1]}"
+            f"shapes: {shapes!r} add up to {tokens} tokens, but value has S = {value.shape[1]}"
         )
     return flat
 
