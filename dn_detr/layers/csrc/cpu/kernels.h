@@ -1,0 +1,43 @@
+// The CPU kernels, compiled once for each instruction set: kernels_*.cpp. They know no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace dn_detr::cpu {
+
+// One call to be computed in parts, by any number of threads. Gradients are null in the forward.
+struct Call {
+  Problem problem;
+  const void* value;
+  const void* locations;
+  const void* weights;
+  void* output;
+  const void* gradient;  // of the output
+  void* value_gradient;  // zeroed
+  void* location_gradient;
+  void* weight_gradient;
+  bool prefetch;  // rows are not in a near cache: fetch those of the next query ahead
+};
+
+// A share of the backward pass that touches a slice of the gradients of its own: the points
+// [first_point, last_point), all of one level or of all levels, of one head of one image.
+struct Slice {
+  int64_t image, head, first_level, last_level;
+};
+
+struct Kernels {
+  const char* name;
+  int vector_floats;  // head widths that are multiples of it are fastest
+  // Output of the queries [first, last), counted over all images.
+  void (*forward)(const Call&, int64_t first, int64_t last);
+  void (*backward)(const Call&, const Slice&);
+};
+
+// Null where the compiler or the architecture does not have the instructions.
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace dn_detr::cpu
