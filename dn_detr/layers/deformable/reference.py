@@ -50,8 +50,9 @@ def by_sampling_backward(
     Returns:
         Gradients of `value`, `locations` and `weights`.
     """
-    (_, queries, heads, _), dim = weights.shape, value.shape[3]
-    gradient = gradient.to(locations.dtype).transpose(1, 2).reshape(-1, dim, queries, 1)
+    heads, dim = value.shape[2:]
+    gradient = gradient.to(locations.dtype).unflatten(-1, (heads, dim))
+    gradient = gradient.permute(0, 2, 3, 1).flatten(0, 1)[..., None]  # [B * H, D, Q, 1]
     by_level = _head_major(weights, locations).split(list(points_per_level), dim=-1)
     d_value, d_locations, d_weights = [], [], []
     for (maps, grid), level_weights in zip(
@@ -64,15 +65,13 @@ def by_sampling_backward(
         d_value.append(d_maps.flatten(2))
         d_locations.append(2 * d_grid)  # grid = 2 * location - 1
     d_value = torch.cat(d_value, -1).unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
-    return (
-        d_value.to(value.dtype).contiguous(),
-        torch.cat(d_locations, 2).unflatten(0, (-1, heads)).transpose(1, 2).contiguous(),
-        torch.cat(d_weights, 2)
-        .unflatten(0, (-1, heads))
-        .transpose(1, 2)
-        .to(weights.dtype)
-        .contiguous(),
+    d_locations, d_weights = (
+        torch.cat(levels, 2).unflatten(0, (-1, heads)).transpose(1, 2).contiguous()
+        for levels in (d_locations, d_weights)
     )
+    # grid_sample does not pass NaN on to the gradient of the grid.
+    d_locations.masked_fill_(locations.isnan().any(-1, keepdim=True), torch.nan)
+    return d_value.to(value.dtype).contiguous(), d_locations, d_weights.to(weights.dtype)
 
 
 def by_gathering(
@@ -93,7 +92,7 @@ def by_gathering(
     tokens = value.to(locations.dtype).transpose(1, 2)  # [B, H, S, D]
     weights = weights.to(locations.dtype).transpose(1, 2)  # [B, H, Q, N]
     points = zip(
-        locations.transpose(1, 2).split(list(points_per_level), dim=3),
+        _bounded(locations).transpose(1, 2).split(list(points_per_level), dim=3),
         weights.split(list(points_per_level), dim=3),
     )
     output = torch.zeros_like(value[:, :1, :, :1], dtype=locations.dtype).transpose(1, 2)
@@ -130,11 +129,18 @@ def _levels(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of every level, what `grid_sample` takes: maps [B * H, D, h, w] and grid [B * H, Q, P, 2]."""
     maps = value.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1)  # [B * H, D, S]
-    # Far points count nothing wherever they are; bounds keep them within the range of integers.
-    grids = (2 * locations.clamp(-1, 2) - 1).transpose(1, 2).flatten(0, 1)  # [B * H, Q, N, 2]
+    grids = (2 * _bounded(locations) - 1).transpose(1, 2).flatten(0, 1)  # [B * H, Q, N, 2]
     sizes = [height * width for height, width in shapes]
     split = zip(maps.split(sizes, dim=-1), shapes, grids.split(list(points_per_level), dim=2))
     return ((level.unflatten(-1, shape), grid) for level, shape, grid in split)
+
+
+def _bounded(locations: Tensor) -> Tensor:
+    """Far points count nothing wherever they are; bounds keep them within the range of integers.
+
+    Unlike `clamp`, this passes gradients through NaN.
+    """
+    return torch.where((locations < -1) | (locations > 2), 2, locations)
 
 
 def _sample(maps: Tensor, grid: Tensor) -> Tensor:
