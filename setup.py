@@ -13,8 +13,10 @@ left out, and said: the operations then run in plain PyTorch. Environment variab
 """
 
 import contextlib
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -66,21 +68,19 @@ def import_torch():
     torch would do harm: an extension fits the one that it was built with. But pip's environment has
     the same interpreter, which knows where its packages are.
     """
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         folders = site.getsitepackages()
         if sys.prefix == sys.base_prefix:
             folders.append(site.getusersitepackages())
         for folder in folders:
             site.addsitedir(folder)
-        try:
-            import torch
-        except ImportError as error:
-            raise BuildError(
-                f"torch does not import ({error}). Install torch first; if it is installed, build "
-                "where it can be seen, with --no-build-isolation"
-            ) from error
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise BuildError(
+            f"torch does not import ({error}). Install torch first; if it is installed, build "
+            "where it can be seen, with --no-build-isolation"
+        ) from error
     return torch
 
 
@@ -135,12 +135,20 @@ def architectures(torch) -> str:
     return ";".join(f"{number // 10}.{number % 10}" for number in numbers) + "+PTX"
 
 
-def compiler_flags(torch, cpp_extension) -> dict:
-    """Of C++ and of CUDA; the C++ standard is left to torch, which knows what its headers need."""
-    flags = ["-O3"]
-    version = subprocess.run(
-        [*cpp_extension.get_cxx_compiler().split(), "--version"], capture_output=True, text=True
-    ).stdout
+def compiler_flags(torch) -> dict:
+    """Of C++ and of CUDA; the C++ standard is left to torch, which knows what its headers need.
+
+    Raises:
+        BuildError: there is no C++ compiler.
+    """
+    # Not before prepare_cuda: it reads the variables that are set there when it is imported.
+    from torch.utils import cpp_extension
+
+    flags = ["-O3", "-g0"]  # Python's own flags have -g, which makes the library ten times as large
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"there is no C++ compiler ({compiler[0]}). Install g++, or set CXX")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     # Compiled with OpenMP, but not linked with it: the names are to be found in the runtime that
     # torch has loaded. With a second runtime, torch.set_num_threads would not count here. Clang
     # calls functions that GCC's runtime, the one in torch's packages, does not have.
@@ -183,34 +191,53 @@ def last_lines(lines: list):
 
 def telling(lines: list) -> str:
     """The last few lines that speak of an error, or simply the last few."""
-    errors = [line for line in lines if "error" in line.lower() or "not found" in line]
-    return "\n".join(f"    {line}" for line in (errors or lines)[-5:])
+    errors = [line for line in lines if re.search(r"(?<![-\w])error\b|not found", line, re.I)]
+    return "\n".join(f"    {line[:200]}" for line in (errors or lines)[-5:])
+
+
+def tell_loss(lost: str, reason: str) -> None:
+    """Says that the build goes on, and without what.
+
+    Raises:
+        SystemExit: it was asked for.
+    """
+    message = f"{lost}: {reason}"
+    if is_on("DN_DETR_EXTENSION") or is_on("FORCE_CUDA"):
+        raise SystemExit(f"dn_detr: {message}")
+    say(
+        f"{message}\n  Multi-scale deformable attention will run in plain PyTorch there, many "
+        f"times slower.\n  To build it later: {AGAIN}"
+    )
 
 
 class BuildKernels(build_ext):
     """Has torch's command build the extension; imports torch only if it comes to that."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
         try:
             torch = import_torch()
             cuda = prepare_cuda(torch)
+            flags = compiler_flags(torch)
         except BuildError as error:
-            return self.leave_out("no kernels were built", str(error))
+            return self.give_up(str(error))
         for with_cuda in (True, False) if cuda else (False,):
             printed = []
             try:
                 with last_lines(printed):
-                    return self.build(torch, with_cuda)
+                    return self.build(with_cuda, flags)
             except Exception as error:  # compilers fail in many ways; all of them are told
-                lost = "CUDA kernels were left out" if with_cuda else "no kernels were built"
-                self.leave_out(lost, f"{error}\n{telling(printed)}")
+                reason = f"{error}\n{telling(printed)}"
+                if with_cuda:
+                    tell_loss("CUDA kernels were left out", reason)
+                else:
+                    self.give_up(reason)
 
-    def build(self, torch, cuda: bool) -> None:
-        # Not before prepare_cuda: this module reads the variables that it sets when it is imported.
+    def build(self, cuda: bool, flags: dict) -> None:
         from torch.utils import cpp_extension
 
         make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-        flags = compiler_flags(torch, cpp_extension)
         extension = make(NAME, sources(cuda), depends=headers(), extra_compile_args=flags)
         self.distribution.ext_modules = [extension]
         command = cpp_extension.BuildExtension(self.distribution)
@@ -219,30 +246,19 @@ class BuildKernels(build_ext):
             setattr(command, option, getattr(self, option))
         command.run()
 
-    def leave_out(self, lost: str, reason: str) -> None:
-        """Says what is lost.
-
-        Raises:
-            SystemExit: it was asked for.
-        """
-        message = f"{lost}: {reason}"
-        if is_on("DN_DETR_EXTENSION") or is_on("FORCE_CUDA"):
-            raise SystemExit(f"dn_detr: {message}")
-        say(
-            f"{message}\n  Multi-scale deformable attention will run in plain PyTorch there, many "
-            f"times slower.\n  To build it later: {AGAIN}"
-        )
-
-
-def extensions() -> list:
-    # Sources and headers are named here for the sake of `sdist`; what is compiled is chosen later.
-    return [Extension(NAME, sources(cuda=True), depends=headers(), optional=True)]
+    def give_up(self, reason: str) -> None:
+        """Goes on without kernels, also without those of an earlier build, which may not fit."""
+        tell_loss("no kernels were built", reason)
+        file = self.get_ext_filename(NAME)
+        for path in (Path(self.build_lib, file), Path(file)):
+            path.unlink(missing_ok=True)
+        self.extensions = []
 
 
 setup(
     # `tools`, `tests` and `projects` are left out on purpose: detectron2 already installs a package
     # that is called `tools`.
     packages=find_packages(include=["dn_detr", "dn_detr.*"]),
-    ext_modules=extensions() if is_wanted() else [],
+    ext_modules=[Extension(NAME, [])] if is_wanted() else [],  # BuildKernels knows the sources
     cmdclass={"build_ext": BuildKernels},
 )
