@@ -23,7 +23,7 @@ def multi_scale_deformable_attention(
     A point at (x, y) of a map of size (h, w) lies at pixel (x * w - 0.5, y * h - 0.5); pixels
     outside of the map do not take part (`grid_sample` with zeros and `align_corners=False`). Sums
     are taken in float32, for float64 in float64. Under autocast `value` is lowered, and nothing
-    else. It can be differentiated twice.
+    else. It can be differentiated any number of times.
 
     Shape letters: B batch, S tokens, H heads, D channels of a head, Q queries, L levels, P points.
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dn_detr.layers.deformable import reference
 from dn_detr.layers.deformable.extension import OPERATOR, say_fallback
@@ -78,18 +77,22 @@ def _gradients(ctx, gradient: Tensor):
     return d_value, None, None, d_locations, d_weights
 
 
-@once_differentiable
 def _second_gradients(ctx, *gradients: Tensor):
-    """Of the backward operator: by autograd through the reference that can be derived twice."""
-    saved = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-    gradient, value, locations, weights = saved
+    """Of the backward operator: by autograd through the reference that can be derived at will."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Views end the derivation here, even where one of these was computed from another.
+        saved = [
+            tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+            for tensor in ctx.saved_tensors
+        ]
+        gradient, value, locations, weights = saved
         output = reference.by_gathering(
             value, _pairs(ctx.shapes), ctx.points_per_level, locations, weights
         )
         first = torch.autograd.grad(output, saved[1:], gradient, create_graph=True)
         of_gradient, of_value, of_locations, of_weights = torch.autograd.grad(
-            first, saved, gradients, allow_unused=True
+            first, saved, gradients, create_graph=create_graph, allow_unused=True
         )
     return of_gradient, of_value, None, None, of_locations, of_weights
 
@@ -101,7 +104,9 @@ torch.library.register_autograd(_BACKWARD, _second_gradients, setup_context=_sav
 def autocast_dtype(value: Tensor) -> torch.dtype:
     """The dtype in which `value` is read here: autocast's, or its own (float64 stays as it is)."""
     device_type = value.device.type
-    if value.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if value.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return value.dtype
+    if not torch.is_autocast_enabled(device_type):
         return value.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -69,8 +69,6 @@ def by_sampling_backward(
         torch.cat(levels, 2).unflatten(0, (-1, heads)).transpose(1, 2).contiguous()
         for levels in (d_locations, d_weights)
     )
-    # grid_sample does not pass NaN on to the gradient of the grid.
-    d_locations.masked_fill_(locations.isnan().any(-1, keepdim=True), torch.nan)
     return d_value.to(value.dtype).contiguous(), d_locations, d_weights.to(weights.dtype)
 
 

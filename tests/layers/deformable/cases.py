@@ -78,6 +78,14 @@ def random_problem(
     )
 
 
+def nan_location_problem(channels: int = 4) -> Problem:
+    """In float64; of two of the points one coordinate is NaN."""
+    problem = random_problem(channels=channels)
+    locations = problem.locations.clamp(0, 1)
+    locations[0, 1, 0, 2, 0] = locations[1, 0, 1, 0, 1] = torch.nan
+    return replace(problem, locations=locations)
+
+
 def smooth_problem(seed: int = 0, **sizes: int) -> Problem:
     """In float64; no point is near a pixel's centre, where the derivative has a step."""
     shapes, points = ((4, 3), (2, 5)), (2, 1)
@@ -180,6 +188,18 @@ def expected_results(problem: Problem) -> list[Tensor]:
     gradient = problem.gradient.double().numpy()
     results = [loops.forward(*arrays), *loops.backward(gradient, *arrays)]
     return [torch.from_numpy(array) for array in results]
+
+
+def assert_nan_location(actual: Sequence[Tensor], problem: Problem) -> None:
+    """That NaN locations make NaN of all results that depend on them, and of no others.
+
+    Only which pixels such a point lies on, and so its share in the gradient of value, is not
+    defined; nor is which of its two coordinates has a NaN gradient.
+    """
+    expected = expected_results(problem)[2].isnan().any(-1, keepdim=True)
+    assert torch.equal(actual[2].isnan().any(-1, keepdim=True), expected)
+    locations = torch.where(expected, torch.nan, actual[2])
+    assert_results([*actual[:2], locations, actual[3]], problem, skip=["gradient of value"])
 
 
 def assert_results(

@@ -1,7 +1,5 @@
 """The plain PyTorch forms: against loops in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,9 +7,11 @@ from dn_detr.layers.deformable import reference
 from tests.layers.deformable.cases import (
     DTYPES,
     GRID,
+    assert_nan_location,
     assert_results,
     border_problem,
     dtype_name,
+    nan_location_problem,
     random_problem,
     smooth_problem,
     with_gradients,
@@ -63,14 +63,8 @@ def test_a_nan_pixel_stays_out_of_what_does_not_touch_it(form):
 
 @forms
 def test_a_nan_location_makes_its_result_nan(form):
-    problem = random_problem()
-    locations = problem.locations.clamp(0, 1)
-    locations[0, 1, 0, 2, 0] = locations[1, 0, 1, 0, 1] = torch.nan
-    problem = replace(problem, locations=locations)
-    skip = ["gradient of value"]  # not defined
-    if form is FORMS["by_sampling"]:
-        skip.append("gradient of locations")  # that of grid_sample is not NaN
-    assert_results(form(problem), problem, skip)
+    problem = nan_location_problem()
+    assert_nan_location(form(problem), problem)
 
 
 def test_gathering_can_be_differentiated_any_number_of_times():
