@@ -24,6 +24,8 @@ namespace cuda {
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
 // The type that values of type T are computed in.
 template <typename T>
 struct Arithmetic {

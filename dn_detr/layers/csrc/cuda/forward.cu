@@ -4,8 +4,6 @@ namespace dn_detr {
 namespace cuda {
 namespace {
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // The four corners of a point: upper left, upper right, lower left, lower right. One that is outside
 // of the map is replaced by its neighbour inside, with which it shares that weight: so every corner
 // can be read, and only pixels that take part are. (A weight of 0 would turn infinity into NaN.)
