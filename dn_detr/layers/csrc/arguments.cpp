@@ -1,8 +1,5 @@
 #include "arguments.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 namespace dn_detr {
 namespace {
 
@@ -81,26 +78,25 @@ Arguments::Arguments(const at::Tensor& value_, at::IntArrayRef shapes,
              static_cast<int64_t>(levels.size()), value_type, weight_type};
 }
 
-at::Tensor Arguments::empty_output() const {
-  return at::empty({problem.batch, problem.queries, problem.heads * problem.channels},
-                   value.options());
+std::vector<int64_t> Arguments::output_sizes() const {
+  return {problem.batch, problem.queries, problem.heads * problem.channels};
+}
+
+std::vector<int64_t> Arguments::value_sizes() const {
+  return {problem.batch, problem.tokens, problem.heads, problem.channels};
+}
+
+at::TensorOptions Arguments::sum_options() const {
+  return value.options().dtype(problem.value_type == Scalar::kDouble ? at::kDouble : at::kFloat);
 }
 
 at::Tensor Arguments::checked_gradient(const at::Tensor& gradient) const {
-  const std::vector<int64_t> sizes = {problem.batch, problem.queries,
-                                      problem.heads * problem.channels};
-  TORCH_CHECK_VALUE(gradient.sizes() == at::IntArrayRef(sizes) &&
+  TORCH_CHECK_VALUE(gradient.sizes() == at::IntArrayRef(output_sizes()) &&
                         gradient.scalar_type() == value.scalar_type() &&
                         gradient.device() == value.device(),
                     "gradient: size, type and device of the output are needed, got ",
                     gradient.toString(), gradient.sizes());
   return gradient.contiguous();
-}
-
-at::Tensor Arguments::zero_value_gradient() const {
-  const auto type = problem.value_type == Scalar::kDouble ? at::kDouble : at::kFloat;
-  return at::zeros({problem.batch, problem.tokens, problem.heads, problem.channels},
-                   value.options().dtype(type));
 }
 
 }  // namespace dn_detr

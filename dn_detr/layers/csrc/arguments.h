@@ -26,14 +26,17 @@ struct Arguments {
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
 
-  // [B, Q, H * D], of value's type, not initialised.
-  at::Tensor empty_output() const;
+  // Size of the output: B, Q, H * D.
+  std::vector<int64_t> output_sizes() const;
+
+  // Size of value's gradient: B, S, H, D.
+  std::vector<int64_t> value_sizes() const;
+
+  // What gradients of value are summed up in: its type, but at least float.
+  at::TensorOptions sum_options() const;
 
   // The gradient of the output, checked and dense.
   at::Tensor checked_gradient(const at::Tensor& gradient) const;
-
-  // Zeros [B, S, H, D] in the type that gradients of value are summed in: float, or double.
-  at::Tensor zero_value_gradient() const;
 };
 
 }  // namespace dn_detr

@@ -6,12 +6,13 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
 
 // From here on, and not for the standard library above, whose functions other files share.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define DN_DETR_INSTRUCTIONS avx2
@@ -23,7 +24,9 @@ namespace dn_detr::cpu {
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2", DN_DETR_VECTOR_BYTES / 4, avx2::forward_of_any_type,
                                   avx2::backward_of_any_type};
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels : nullptr;
+  const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("f16c");
+  return supported ? &kernels : nullptr;
 }
 
 }  // namespace dn_detr::cpu

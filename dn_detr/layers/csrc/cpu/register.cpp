@@ -1,6 +1,5 @@
 // The operators on the CPU: which instruction set, how the work is cut, and who does which part.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 
 #include "../arguments.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace dn_detr::cpu {
 namespace {
@@ -78,6 +78,8 @@ bool rows_are_far(const Problem& problem) {
   return problem.queries * problem.points < 4 * problem.tokens;
 }
 
+at::Tensor empty_like(const at::Tensor& dense) { return empty(dense.sizes(), dense.options()); }
+
 Call call_of(const Arguments& arguments) {
   Call call = {};
   call.problem = arguments.problem;
@@ -92,7 +94,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes,
                    at::IntArrayRef points_per_level, const at::Tensor& locations,
                    const at::Tensor& weights) {
   const Arguments arguments(value, shapes, points_per_level, locations, weights);
-  at::Tensor output = arguments.empty_output();
+  at::Tensor output = empty(arguments.output_sizes(), arguments.value.options());
   Call call = call_of(arguments);
   call.output = output.mutable_data_ptr();
   const Kernels& kernels = kernels_for(call.problem);
@@ -125,9 +127,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     at::IntArrayRef points_per_level, const at::Tensor& locations, const at::Tensor& weights) {
   const Arguments arguments(value, shapes, points_per_level, locations, weights);
   const at::Tensor dense_gradient = arguments.checked_gradient(gradient);
-  at::Tensor value_gradient = arguments.zero_value_gradient();
-  at::Tensor location_gradient = at::empty_like(arguments.locations);
-  at::Tensor weight_gradient = at::empty_like(arguments.weights);
+  at::Tensor value_gradient = zeros(arguments.value_sizes(), arguments.sum_options());
+  at::Tensor location_gradient = empty_like(arguments.locations);
+  at::Tensor weight_gradient = empty_like(arguments.weights);
   Call call = call_of(arguments);
   call.gradient = dense_gradient.const_data_ptr();
   call.value_gradient = value_gradient.mutable_data_ptr();
