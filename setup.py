@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 NAME = "dn_detr._C"
 CSRC = Path("dn_detr/layers/csrc")
-AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall -v ."
+AGAIN = "pip install --no-build-isolation -v -e ."
 
 
 class BuildError(Exception):
@@ -144,6 +144,8 @@ def compiler_flags(torch) -> dict:
     # Not before prepare_cuda: it reads the variables that are set there when it is imported.
     from torch.utils import cpp_extension
 
+    # A virtual environment's ninja is to be found where that is not activated, too.
+    os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
     flags = ["-O3", "-g0"]  # Python's own flags have -g, which makes the library ten times as large
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
     if shutil.which(compiler[0]) is None:
@@ -206,7 +208,7 @@ def tell_loss(lost: str, reason: str) -> None:
         raise SystemExit(f"dn_detr: {message}")
     say(
         f"{message}\n  Multi-scale deformable attention will run in plain PyTorch there, many "
-        f"times slower.\n  To build it later: {AGAIN}"
+        f"times slower.\n  To build it later: {AGAIN} (or without -e)"
     )
 
 

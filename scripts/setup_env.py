@@ -5,12 +5,14 @@
 1. A .venv, unless there is one. If the interpreter that runs this script has a detectron2 that
    imports, the .venv uses that environment's packages and its torch.
 2. The pinned torch and torchvision (requirements.txt), then this project, editable.
-3. detectron2, the first that can be had: one that imports already; what DETECTRON2 names (a
+3. This project's compiled kernels. Where that fails, a message says why, once.
+4. detectron2, the first that can be had: one that imports already; what DETECTRON2 names (a
    folder, a wheel, an address); the upstream repository at the pinned commit.
 
-Each of the last two is written down when it is done, with a hash of the files that decide it: a
-set-up that failed or was stopped is taken up again, a complete one is recognised at once. Without
-detectron2 the set-up still succeeds and says what is missing; with STRICT=1 it fails.
+Each of the last three is written down when it is done, with a hash of the files that decide it: a
+set-up that failed or was stopped is taken up again, a complete one is recognised at once, and a
+changed kernel is all that is built again. Without detectron2 the set-up still succeeds and says
+what is missing; with STRICT=1 it fails.
 
 Standard library only: nothing is installed yet when this runs.
 """
@@ -30,6 +32,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "dn_detr-setup.txt"
 OLDEST, NEWEST = (3, 10), (3, 13)
 DECIDED_BY = ("requirements.txt", "pyproject.toml", "setup.py")
+KERNELS = Path("dn_detr", "layers", "csrc")
 BUILD_TOOLS = ("setuptools>=77", "wheel", "ninja")
 
 # What the rest of the set-up relies on; the file says why an import is the test.
@@ -54,18 +57,23 @@ def check_python(version: Tuple[int, int]) -> None:
 
 
 def stamp_lines(root: Path) -> List[str]:
-    """What the stamp of a complete set-up holds: a hash of what decides it, and detectron2."""
+    """What the stamp of a complete set-up holds: hashes of what decides it, and detectron2."""
+    kernels = [path for path in sorted((root / KERNELS).rglob("*.*")) if path.suffix != ".md"]
+    return [_hash([root / name for name in DECIDED_BY]), _hash(kernels), "detectron2"]
+
+
+def _hash(files: List[Path]) -> str:
     digest = hashlib.sha256()
-    for name in DECIDED_BY:
-        digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
-    return [digest.hexdigest(), "detectron2"]
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def steps_done(stamp: Path, root: Path) -> int:
-    """How many of the two steps are done: 0 none, 1 torch and the project, 2 detectron2 too."""
+    """How many steps are done: 1 torch and the project, 2 the kernels too, 3 detectron2 too."""
     found = stamp.read_text().split() if stamp.is_file() else []
     expected = stamp_lines(root)
-    return next(n for n in (2, 1, 0) if found[:n] == expected[:n])
+    return next(n for n in (3, 2, 1, 0) if found[:n] == expected[:n])
 
 
 def pip_source(named: str) -> str:
@@ -169,12 +177,34 @@ def install_project() -> None:
         say("installing torch (large: some minutes the first time), then this project")
         pins = "requirements.txt"
         steps = [list(BUILD_TOOLS), ["-r", pins], [*project, "-c", pins]]
+    env = dict(os.environ, DN_DETR_EXTENSION="0")  # build_kernels comes next
     for step in steps:
-        if not _pip(*step):
+        if not _pip(*step, env=env):
             raise SetupError(
                 "pip could not install " + " ".join(step) + " (its message is above). "
                 "What is installed already is kept: run the same command again."
             )
+
+
+def build_kernels() -> None:
+    """Builds dn_detr._C where it is imported from; says what of it is lost, and why."""
+    say("building this project's kernels (a minute or two)")
+    lost = _lost_kernels()
+    if lost:
+        say(lost)
+
+
+def _lost_kernels() -> str:
+    """Builds them; returns setup.py's messages about what it left out, "" for nothing."""
+    log = VENV / "kernels-build.log"
+    with log.open("w") as output:
+        command = [str(PYTHON), "setup.py", "build_ext", "--inplace"]
+        succeeded = _run(command, stdout=output, stderr=subprocess.STDOUT)
+    text = log.read_text(errors="replace")
+    messages = re.findall(r"^dn_detr: (.*\n(?: +.*\n)*)", text, re.MULTILINE)
+    if not succeeded and not messages:
+        messages = ["no kernels were built: setup.py failed\n"]
+    return "".join(messages) + f"  (all of it: .venv/{log.name})" if messages else ""
 
 
 def _base_is_shared() -> bool:
@@ -224,13 +254,16 @@ def set_up(environ: Mapping[str, str]) -> None:
     from dn_detr.requirements import DETECTRON2_INSTALL_COMMAND, DETECTRON2_SOURCE
 
     done = steps_done(STAMP, ROOT) if PYTHON.exists() else 0
-    if done == 2 and _has_package("detectron2"):
+    if done == 3 and _has_package("detectron2"):
         return
     lines = stamp_lines(ROOT)
     if done == 0:
         make_venv()
         install_project()
         STAMP.write_text(lines[0] + "\n")
+    if done < 2:
+        build_kernels()
+        STAMP.write_text("\n".join(lines[:2]) + "\n")
     if _why_not(str(PYTHON)) and not install_detectron2(
         detectron2_sources(environ, DETECTRON2_SOURCE)
     ):

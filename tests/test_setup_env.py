@@ -15,12 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 UPSTREAM = "git+https://example.org/detectron2.git@0123"
 
 
-@pytest.fixture
-def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script as a module, its .venv in an empty folder, with neither pip nor imports."""
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("setup_env", ROOT / "scripts" / "setup_env.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, its .venv in an empty folder, without pip, compilers or imports."""
+    module = load_script()
     venv = tmp_path / ".venv"
     monkeypatch.setattr(module, "VENV", venv)
     monkeypatch.setattr(module, "PYTHON", venv / "bin" / "python")
@@ -42,7 +47,15 @@ def env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         return wanted == "here already" or any(wanted in call for call in module.pip_calls)
 
     monkeypatch.setattr(module, "make_venv", make_venv)
+    module.kernel_builds = 0
+    module.lost_kernels = ""
+
+    def lost_kernels() -> str:
+        module.kernel_builds += 1
+        return module.lost_kernels
+
     monkeypatch.setattr(module, "_pip", pip)
+    monkeypatch.setattr(module, "_lost_kernels", lost_kernels)
     monkeypatch.setattr(module, "_has_package", lambda name: has_detectron2())
     monkeypatch.setattr(module, "_why_not", lambda python: "" if has_detectron2() else "not there")
     return module
@@ -138,14 +151,79 @@ def test_a_second_run_installs_nothing(env: ModuleType) -> None:
     assert len(env.pip_calls) == 4  # build tools, torch, the project, detectron2
     env.set_up({})
     assert len(env.pip_calls) == 4
+    assert env.kernel_builds == 1
 
 
 def test_changed_pins_are_installed(env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     env.detectron2_comes_from = upstream()
     env.set_up({})
-    monkeypatch.setattr(env, "stamp_lines", lambda root: ["another hash", "detectron2"])
+    _, kernels, detectron2 = env.stamp_lines(ROOT)
+    monkeypatch.setattr(env, "stamp_lines", lambda root: ["another hash", kernels, detectron2])
     env.set_up({})
     assert len(env.pip_calls) == 7  # all but detectron2
+    assert env.kernel_builds == 2
+
+
+def test_changed_kernels_are_built_and_nothing_else(
+    env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env.detectron2_comes_from = upstream()
+    env.set_up({})
+    project, _, detectron2 = env.stamp_lines(ROOT)
+    monkeypatch.setattr(env, "stamp_lines", lambda root: [project, "another hash", detectron2])
+    env.set_up({})
+    assert len(env.pip_calls) == 4
+    assert env.kernel_builds == 2
+
+
+def test_the_stamp_knows_every_kernel(env: ModuleType, tmp_path: Path) -> None:
+    for name in ("requirements.txt", "pyproject.toml", "setup.py"):
+        (tmp_path / name).touch()
+    kernel = tmp_path / "dn_detr" / "layers" / "csrc" / "cuda" / "forward.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("before")
+    before = env.stamp_lines(tmp_path)
+    kernel.write_text("after")
+    after = env.stamp_lines(tmp_path)
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_lost_kernels_are_said_once(env: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    """The set-up goes on; a build that failed is not repeated until something changes."""
+    env.detectron2_comes_from = upstream()
+    env.lost_kernels = "no kernels were built: there is no C++ compiler"
+    env.set_up({})
+    said = capsys.readouterr().out
+    assert said.count("setup: no kernels were built: there is no C++ compiler\n") == 1
+    assert "setup: ready" in said
+    env.set_up({})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("printed", "lost"),
+    [
+        ("g++ ...\ncopying ...\n", ""),
+        (
+            "g++ ...\ndn_detr: CUDA kernels were left out: nvcc\n    error: x\n  Later\ng++ ...\n",
+            "CUDA kernels were left out: nvcc\n    error: x\n  Later\n",
+        ),
+    ],
+)
+def test_what_the_build_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, lost: str
+) -> None:
+    module = load_script()
+    monkeypatch.setattr(module, "VENV", tmp_path)
+
+    def run(command: list[str], stdout: TextIO, **options: object) -> bool:
+        assert command[1:] == ["setup.py", "build_ext", "--inplace"]
+        stdout.write(printed)
+        return True
+
+    monkeypatch.setattr(module, "_run", run)
+    log = "  (all of it: .venv/kernels-build.log)"
+    assert module._lost_kernels() == (lost + log if lost else "")
 
 
 def test_a_failed_set_up_is_taken_up_again(
