@@ -257,10 +257,11 @@ class BuildKernels(build_ext):
         self.extensions = []
 
 
-setup(
-    # `tools`, `tests` and `projects` are left out on purpose: detectron2 already installs a package
-    # that is called `tools`.
-    packages=find_packages(include=["dn_detr", "dn_detr.*"]),
-    ext_modules=[Extension(NAME, [])] if is_wanted() else [],  # BuildKernels knows the sources
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    setup(
+        # `tools`, `tests` and `projects` are left out on purpose: detectron2 already installs a
+        # package that is called `tools`.
+        packages=find_packages(include=["dn_detr", "dn_detr.*"]),
+        ext_modules=[Extension(NAME, [])] if is_wanted() else [],  # BuildKernels knows the sources
+        cmdclass={"build_ext": BuildKernels},
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -54,15 +55,21 @@ def modules_of(package: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The built package, of a copy of the sources (a build leaves folders behind)."""
+    """The built package, of a copy of the sources (a build leaves folders behind), uncompiled."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    leave_behind = shutil.ignore_patterns("__pycache__", "*.so")
     for name in CODE_FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, ignore=leave_behind)
     program = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=source, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=source,
+        env=dict(os.environ, DN_DETR_EXTENSION="0"),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return zipfile.ZipFile(source / done.stdout.split()[-1])
 
@@ -82,6 +89,7 @@ def test_only_the_library_is_installed(wheel: zipfile.ZipFile) -> None:
     top = {name.split("/")[0] for name in wheel.namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"dn_detr"}
     assert "dn_detr/py.typed" in wheel.namelist()
+    assert not [name for name in wheel.namelist() if "/csrc/" in name]
 
 
 def test_every_folder_of_the_library_is_a_package() -> None:
