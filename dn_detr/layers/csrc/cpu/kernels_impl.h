@@ -19,61 +19,60 @@ namespace {
 constexpr int kCorners = 4;  // left top, right top, left bottom, right bottom
 constexpr int kBlock = 32;   // channels that are summed up in registers
 
-// What a point's level says about it, laid out for vectors of points.
+// Of as many points as a vector has lanes, what their levels say about them.
+template <typename A>
+struct LevelOfPoints {
+  typename A::Reals width, height;
+  typename A::Ints columns, rows, first_token;
+};
+
+// The points of the levels [first_level, last_level), in vectors; the last one may have idle lanes.
 template <typename A>
 struct Points {
-  const int64_t first, count, padded;  // in the point axis; padded to whole vectors
-  Buffer<typename A::Real> width, height;
-  Buffer<typename A::Int> columns, rows, first_token;
+  const int64_t first, count;  // in the point axis
+  const int64_t vectors;
+  Buffer<LevelOfPoints<A>> levels;
 
   Points(const Problem& problem, int64_t first_level, int64_t last_level)
       : first(first_level < last_level ? problem.levels[first_level].first_point : 0),
         count(first_level < last_level ? end_of(problem.levels[last_level - 1]) - first : 0),
-        padded((count + A::kLanes - 1) / A::kLanes * A::kLanes),
-        width(padded), height(padded), columns(padded), rows(padded), first_token(padded) {
+        vectors((count + A::kLanes - 1) / A::kLanes),
+        levels(vectors) {
     for (int64_t l = first_level; l < last_level; ++l) {
       const Level& level = problem.levels[l];
       for (int64_t p = level.first_point - first; p < end_of(level) - first; ++p) {
-        width[p] = columns[p] = level.width;
-        height[p] = rows[p] = level.height;
-        first_token[p] = level.first_token;
+        LevelOfPoints<A>& vector = levels[p / A::kLanes];
+        const int64_t lane = p % A::kLanes;
+        vector.width[lane] = vector.columns[lane] = level.width;
+        vector.height[lane] = vector.rows[lane] = level.height;
+        vector.first_token[lane] = level.first_token;
       }
     }
   }
 
   static int64_t end_of(const Level& level) { return level.first_point + level.num_points; }
+
+  // How many points there are from the first lane of a vector on; more than lanes but for the last.
+  int64_t from(int64_t vector) const { return count - vector * A::kLanes; }
+
+  int64_t lanes(int64_t vector) const {
+    return from(vector) < A::kLanes ? from(vector) : A::kLanes;
+  }
 };
 
-// The points of one (image, query, head), ready for the token rows. A point wholly outside of its
-// level has the token -1 in its first corner; of one at a border, a corner outside has no share and
-// repeats the token of a corner inside.
+// A vector of points of one (image, query, head), ready for the token rows. A point wholly outside
+// of its level has a negative token in its first corner; of one at a border, a corner outside has no
+// share and repeats the token of a corner inside.
 template <typename A>
 struct Staged {
-  Buffer<typename A::Real> share[kCorners];  // bilinear share times weight
-  Buffer<typename A::Int> token[kCorners];
+  typename A::Reals share[kCorners];  // bilinear share times weight
+  typename A::Ints token[kCorners];
   // For the backward pass: fractions of a pixel, and all bits set where a side exists.
-  Buffer<typename A::Real> x, y, weight;
-  Buffer<typename A::Int> left, right, top, bottom;
+  typename A::Reals x, y, weight;
+  typename A::Ints left, right, top, bottom;
 
-  explicit Staged(int64_t n)
-      : share{Buffer<typename A::Real>(n), Buffer<typename A::Real>(n), Buffer<typename A::Real>(n),
-              Buffer<typename A::Real>(n)},
-        token{Buffer<typename A::Int>(n), Buffer<typename A::Int>(n), Buffer<typename A::Int>(n),
-              Buffer<typename A::Int>(n)},
-        x(n), y(n), weight(n), left(n), right(n), top(n), bottom(n) {}
+  bool outside(int64_t lane) const { return token[0][lane] < 0; }
 };
-
-template <typename Vector, typename Number>
-inline Vector at(const Buffer<Number>& numbers, int64_t first) {
-  Vector vector;
-  std::memcpy(&vector, &numbers[first], sizeof vector);
-  return vector;
-}
-
-template <typename Vector, typename Number>
-inline void put(Buffer<Number>& numbers, int64_t first, const Vector& vector) {
-  std::memcpy(&numbers[first], &vector, sizeof vector);
-}
 
 template <typename Ints>
 inline Ints clamp_index(const Ints& index, const Ints& size) {
@@ -109,36 +108,39 @@ struct Axis {
 
 template <typename A, bool kBackward, typename W>
 inline void stage(const Points<A>& points, const typename A::Real* locations, const W* weights,
-                  Staged<A>& staged) {
+                  Buffer<Staged<A>>& vectors) {
   using Reals = typename A::Reals;
   using Ints = typename A::Ints;
-  for (int64_t p = 0; p < points.count; p += A::kLanes) {
+  for (int64_t i = 0; i < points.vectors; ++i) {
+    const int64_t first = i * A::kLanes;
+    const LevelOfPoints<A>& level = points.levels[i];
+    Staged<A>& staged = vectors[i];
     Reals x, y;
-    load_pairs<A>(locations + 2 * p, points.count - p, x, y);
-    const Reals weight = load_part<A>(weights + p, points.count - p);
-    const Ints columns = at<Ints>(points.columns, p), first = at<Ints>(points.first_token, p);
-    const Axis<A> h(x, at<Reals>(points.width, p), columns);
-    const Axis<A> v(y, at<Reals>(points.height, p), at<Ints>(points.rows, p));
-    const Reals left = h.has_low ? 1 - h.fraction : Reals{}, right = h.has_high ? h.fraction : Reals{};
+    load_pairs<A>(locations + 2 * first, points.from(i), x, y);
+    const Reals weight = load_part<A>(weights + first, points.from(i));
+    const Axis<A> h(x, level.width, level.columns), v(y, level.height, level.rows);
+    const Reals left = h.has_low ? 1 - h.fraction : Reals{};
+    const Reals right = h.has_high ? h.fraction : Reals{};
     const Reals top = (v.has_low ? 1 - v.fraction : Reals{}) * weight;
     const Reals bottom = (v.has_high ? v.fraction : Reals{}) * weight;
-    put(staged.share[0], p, top * left);
-    put(staged.share[1], p, top * right);
-    put(staged.share[2], p, bottom * left);
-    put(staged.share[3], p, bottom * right);
-    const Ints above = first + v.low * columns, below = first + v.high * columns;
-    put(staged.token[0], p, (above + h.low) | (h.outside | v.outside));
-    put(staged.token[1], p, above + h.high);
-    put(staged.token[2], p, below + h.low);
-    put(staged.token[3], p, below + h.high);
+    staged.share[0] = top * left;
+    staged.share[1] = top * right;
+    staged.share[2] = bottom * left;
+    staged.share[3] = bottom * right;
+    const Ints above = level.first_token + v.low * level.columns;
+    const Ints below = level.first_token + v.high * level.columns;
+    staged.token[0] = (above + h.low) | (h.outside | v.outside);
+    staged.token[1] = above + h.high;
+    staged.token[2] = below + h.low;
+    staged.token[3] = below + h.high;
     if (kBackward) {
-      put(staged.x, p, h.fraction);
-      put(staged.y, p, v.fraction);
-      put(staged.weight, p, weight);
-      put(staged.left, p, h.has_low);
-      put(staged.right, p, h.has_high);
-      put(staged.top, p, v.has_low);
-      put(staged.bottom, p, v.has_high);
+      staged.x = h.fraction;
+      staged.y = v.fraction;
+      staged.weight = weight;
+      staged.left = h.has_low;
+      staged.right = h.has_high;
+      staged.top = v.has_low;
+      staged.bottom = v.has_high;
     }
   }
 }
@@ -159,34 +161,39 @@ Rows<const T> value_rows(const Call& call, int64_t image, int64_t head) {
 }
 
 template <typename A, typename T>
-inline void prefetch(const Staged<A>& staged, int64_t count, const Rows<T>& rows,
+inline void prefetch(const Points<A>& points, const Buffer<Staged<A>>& vectors, const Rows<T>& rows,
                      int64_t channels) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t p = 0; p < count; ++p) {
-    if (staged.token[0][p] < 0) continue;
-    for (const auto& token : staged.token) {
-      const T* row = rows(token[p]);
-      for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c);
+  for (int64_t i = 0; i < points.vectors; ++i) {
+    for (int64_t lane = 0; lane < points.lanes(i); ++lane) {
+      if (vectors[i].outside(lane)) continue;
+      for (const auto& token : vectors[i].token) {
+        const T* row = rows(token[lane]);
+        for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c);
+      }
     }
   }
 }
 
 // Channels [first, first + kVectors * lanes) of the output; of the last vector `count` exist.
 template <typename A, int kVectors, bool kWhole, typename T>
-inline void sum_rows(const Staged<A>& staged, int64_t points, const Rows<const T>& rows,
-                     int64_t first, int64_t count, T* output) {
+inline void sum_rows(const Points<A>& points, const Buffer<Staged<A>>& vectors,
+                     const Rows<const T>& rows, int64_t first, int64_t count, T* output) {
   using Reals = typename A::Reals;
   // Independent sums hide the latency of an addition.
   constexpr int kSums = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kCorners;
   Reals sums[kSums][kVectors] = {};
-  for (int64_t p = 0; p < points; ++p) {
-    if (staged.token[0][p] < 0) continue;
-    for (int k = 0; k < kCorners; ++k) {
-      const T* row = rows(staged.token[k][p]) + first;
-      const typename A::Real share = staged.share[k][p];
-      for (int v = 0; v < kVectors; ++v) {
-        const T* from = row + v * A::kLanes;
-        sums[k % kSums][v] += share * (kWhole ? load<A>(from) : load_part<A>(from, count));
+  for (int64_t i = 0; i < points.vectors; ++i) {
+    const Staged<A>& staged = vectors[i];
+    for (int64_t lane = 0; lane < points.lanes(i); ++lane) {
+      if (staged.outside(lane)) continue;
+      for (int k = 0; k < kCorners; ++k) {
+        const T* row = rows(staged.token[k][lane]) + first;
+        const typename A::Real share = staged.share[k][lane];
+        for (int v = 0; v < kVectors; ++v) {
+          const T* from = row + v * A::kLanes;
+          sums[k % kSums][v] += share * (kWhole ? load<A>(from) : load_part<A>(from, count));
+        }
       }
     }
   }
@@ -198,17 +205,17 @@ inline void sum_rows(const Staged<A>& staged, int64_t points, const Rows<const T
 }
 
 template <typename A, typename T>
-inline void write_output(const Staged<A>& staged, int64_t points, const Rows<const T>& rows,
-                         int64_t channels, T* output) {
+inline void write_output(const Points<A>& points, const Buffer<Staged<A>>& vectors,
+                         const Rows<const T>& rows, int64_t channels, T* output) {
   int64_t first = 0;
   for (; first + kBlock <= channels; first += kBlock) {
-    sum_rows<A, kBlock / A::kLanes, true>(staged, points, rows, first, A::kLanes, output);
+    sum_rows<A, kBlock / A::kLanes, true>(points, vectors, rows, first, A::kLanes, output);
   }
   for (; first + A::kLanes <= channels; first += A::kLanes) {
-    sum_rows<A, 1, true>(staged, points, rows, first, A::kLanes, output);
+    sum_rows<A, 1, true>(points, vectors, rows, first, A::kLanes, output);
   }
   if (first < channels) {
-    sum_rows<A, 1, false>(staged, points, rows, first, channels - first, output);
+    sum_rows<A, 1, false>(points, vectors, rows, first, channels - first, output);
   }
 }
 
@@ -222,18 +229,18 @@ void forward(const Call& call, int64_t first_query, int64_t last_query) {
     return value_rows<T>(call, item / problem.heads / problem.queries, item % problem.heads);
   };
   // One item, a head of a query, is staged ahead of the one that is summed up.
-  Staged<A> buffers[2] = {Staged<A>(points.padded), Staged<A>(points.padded)};
+  Buffer<Staged<A>> staged[2] = {Buffer<Staged<A>>(points.vectors),
+                                 Buffer<Staged<A>>(points.vectors)};
   const auto prepare = [&](int64_t item) {
-    Staged<A>& staged = buffers[item % 2];
     stage<A, false>(points, locations + item * points.count * 2, weights + item * points.count,
-                    staged);
-    if (call.prefetch) prefetch(staged, points.count, rows(item), problem.channels);
+                    staged[item % 2]);
+    if (call.prefetch) prefetch(points, staged[item % 2], rows(item), problem.channels);
   };
   const int64_t first = first_query * problem.heads, last = last_query * problem.heads;
   if (first < last) prepare(first);
   for (int64_t item = first; item < last; ++item) {
     if (item + 1 < last) prepare(item + 1);
-    write_output<A, T>(buffers[item % 2], points.count, rows(item), problem.channels,
+    write_output<A, T>(points, staged[item % 2], rows(item), problem.channels,
                        static_cast<T*>(call.output) + item * problem.channels);
   }
 }
@@ -241,66 +248,79 @@ void forward(const Call& call, int64_t first_query, int64_t last_query) {
 // Of one vector of channels: its part of the products of the gradient with the four rows of a
 // point, and the share of the gradient that each row gets.
 template <typename A, typename T>
-inline void add_products(const Staged<A>& staged, int64_t point, const typename A::Reals& gradient,
+inline void add_products(const typename A::Reals& gradient, const typename A::Real (&shares)[kCorners],
                          const T* const (&values)[kCorners],
-                         typename A::Real* const (&gradients)[kCorners], int64_t first,
-                         int64_t count, typename A::Reals (&products)[kCorners]) {
+                         typename A::Real* const (&sums)[kCorners], int64_t first, int64_t count,
+                         typename A::Reals (&products)[kCorners]) {
   for (int k = 0; k < kCorners; ++k) {
     products[k] += gradient * load_part<A>(values[k] + first, count);
-    typename A::Real* to = gradients[k] + first;
-    store_part<A>(to, load_part<A>(to, count) + staged.share[k][point] * gradient, count);
+    typename A::Real* to = sums[k] + first;
+    store_part<A>(to, load_part<A>(to, count) + shares[k] * gradient, count);
   }
 }
 
-// Adds to the rows of value's gradient; returns the products of the output's gradient with the
-// values in `products`, four a point. kVectors: number of whole vectors of a head; 0: any number,
-// and a part.
+// The products of the output's gradient with the four rows around each of a vector of points.
+template <typename A>
+struct Products {
+  typename A::Reals of_corner[kCorners];
+};
+
+// Adds to the rows of value's gradient, and returns the products with the rows of value. kVectors:
+// number of whole vectors of a head; 0: any number, and a part.
 template <typename A, int kVectors, typename T>
-inline void scatter(const Staged<A>& staged, int64_t points, const T* gradient, int64_t channels,
-                    const Rows<const T>& values, const Rows<typename A::Real>& gradients,
-                    typename A::Quad* products) {
+inline void scatter(const Points<A>& points, const Buffer<Staged<A>>& vectors, const T* gradient,
+                    int64_t channels, const Rows<const T>& values,
+                    const Rows<typename A::Real>& gradients, Buffer<Products<A>>& products) {
   using Reals = typename A::Reals;
   Reals held[kVectors ? kVectors : 1];
   for (int v = 0; v < kVectors; ++v) held[v] = load<A>(gradient + v * A::kLanes);
-  for (int64_t p = 0; p < points; ++p) {
-    products[p] = typename A::Quad{};
-    if (staged.token[0][p] < 0) continue;
-    const T* value[kCorners];
-    typename A::Real* sum[kCorners];
-    for (int k = 0; k < kCorners; ++k) {
-      value[k] = values(staged.token[k][p]);
-      sum[k] = gradients(staged.token[k][p]);
+  for (int64_t i = 0; i < points.vectors; ++i) {
+    const Staged<A>& staged = vectors[i];
+    for (int64_t lane = 0; lane < points.lanes(i); ++lane) {
+      if (staged.outside(lane)) continue;
+      const T* value[kCorners];
+      typename A::Real *sum[kCorners], share[kCorners];
+      for (int k = 0; k < kCorners; ++k) {
+        value[k] = values(staged.token[k][lane]);
+        sum[k] = gradients(staged.token[k][lane]);
+        share[k] = staged.share[k][lane];
+      }
+      Reals parts[kCorners] = {};
+      for (int v = 0; v < kVectors; ++v) {
+        add_products<A, T>(held[v], share, value, sum, v * A::kLanes, A::kLanes, parts);
+      }
+      for (int64_t c = kVectors ? channels : 0; c < channels; c += A::kLanes) {
+        const Reals part = load_part<A>(gradient + c, channels - c);
+        add_products<A, T>(part, share, value, sum, c, channels - c, parts);
+      }
+      const typename A::Quad product = sum_lanes<A>(parts);
+      for (int k = 0; k < kCorners; ++k) products[i].of_corner[k][lane] = product[k];
     }
-    Reals parts[kCorners] = {};
-    for (int v = 0; v < kVectors; ++v) {
-      add_products<A, T>(staged, p, held[v], value, sum, v * A::kLanes, A::kLanes, parts);
-    }
-    for (int64_t c = kVectors ? channels : 0; c < channels; c += A::kLanes) {
-      const Reals part = load_part<A>(gradient + c, channels - c);
-      add_products<A, T>(staged, p, part, value, sum, c, channels - c, parts);
-    }
-    products[p] = sum_lanes<A>(parts);
   }
 }
 
 // Gradients of the points' weights and locations, from the products of `scatter`.
 template <typename A, typename W>
-inline void finish(const Staged<A>& staged, const Points<A>& points,
-                   const typename A::Quad* products, typename A::Real* location_gradient,
+inline void finish(const Points<A>& points, const Buffer<Staged<A>>& vectors,
+                   const Buffer<Products<A>>& products, typename A::Real* location_gradient,
                    W* weight_gradient) {
-  using Real = typename A::Real;
-  for (int64_t p = 0; p < points.count; ++p) {
-    const bool left = staged.left[p], right = staged.right[p];
-    const bool top = staged.top[p], bottom = staged.bottom[p];
-    const Real lt = left && top ? products[p][0] : 0, rt = right && top ? products[p][1] : 0;
-    const Real lb = left && bottom ? products[p][2] : 0, rb = right && bottom ? products[p][3] : 0;
-    const Real x = staged.x[p], y = staged.y[p], weight = staged.weight[p];
-    const bool outside = staged.token[0][p] < 0;
-    const Real at_top = lt + x * (rt - lt), at_bottom = lb + x * (rb - lb);
-    const Real across = (rt - lt) + y * ((rb - lb) - (rt - lt));
-    store_one(weight_gradient + p, outside ? 0 : at_top + y * (at_bottom - at_top));
-    location_gradient[2 * p] = outside ? 0 : across * weight * points.width[p];
-    location_gradient[2 * p + 1] = outside ? 0 : (at_bottom - at_top) * weight * points.height[p];
+  using Reals = typename A::Reals;
+  for (int64_t i = 0; i < points.vectors; ++i) {
+    const Staged<A>& s = vectors[i];
+    const Reals* product = products[i].of_corner;
+    const typename A::Ints inside = s.token[0] >= 0;
+    const Reals left_top = inside & s.left & s.top ? product[0] : Reals{};
+    const Reals right_top = inside & s.right & s.top ? product[1] : Reals{};
+    const Reals left_bottom = inside & s.left & s.bottom ? product[2] : Reals{};
+    const Reals right_bottom = inside & s.right & s.bottom ? product[3] : Reals{};
+    const Reals top = left_top + s.x * (right_top - left_top);
+    const Reals bottom = left_bottom + s.x * (right_bottom - left_bottom);
+    const Reals across =
+        (right_top - left_top) * (1 - s.y) + (right_bottom - left_bottom) * s.y;
+    const LevelOfPoints<A>& level = points.levels[i];
+    store_part<A>(weight_gradient + i * A::kLanes, top + s.y * (bottom - top), points.from(i));
+    store_pairs<A>(location_gradient + 2 * i * A::kLanes, across * s.weight * level.width,
+                   (bottom - top) * s.weight * level.height, points.from(i));
   }
 }
 
@@ -321,27 +341,26 @@ void backward(const Call& call, const Slice& slice) {
   const auto first_point = [&](int64_t query) {
     return item(query) * problem.points + points.first;
   };
-  Staged<A> buffers[2] = {Staged<A>(points.padded), Staged<A>(points.padded)};
+  Buffer<Staged<A>> staged[2] = {Buffer<Staged<A>>(points.vectors),
+                                 Buffer<Staged<A>>(points.vectors)};
   const auto prepare = [&](int64_t query) {
-    Staged<A>& staged = buffers[query % 2];
     stage<A, true>(points, static_cast<const Real*>(call.locations) + 2 * first_point(query),
-                   static_cast<const W*>(call.weights) + first_point(query), staged);
+                   static_cast<const W*>(call.weights) + first_point(query), staged[query % 2]);
     if (call.prefetch) {
-      prefetch(staged, points.count, values, problem.channels);
-      prefetch(staged, points.count, gradients, problem.channels);
+      prefetch(points, staged[query % 2], values, problem.channels);
+      prefetch(points, staged[query % 2], gradients, problem.channels);
     }
   };
   constexpr int kVectors = kBlock / A::kLanes;
   const auto scatter_rows = problem.channels == kBlock ? &scatter<A, kVectors, T> : &scatter<A, 0, T>;
-  Buffer<typename A::Quad> products(points.count);
+  Buffer<Products<A>> products(points.vectors);
   if (problem.queries > 0) prepare(0);
   for (int64_t query = 0; query < problem.queries; ++query) {
     if (query + 1 < problem.queries) prepare(query + 1);
-    const Staged<A>& staged = buffers[query % 2];
-    scatter_rows(staged, points.count,
+    scatter_rows(points, staged[query % 2],
                  static_cast<const T*>(call.gradient) + item(query) * problem.channels,
-                 problem.channels, values, gradients, &products[0]);
-    finish<A>(staged, points, &products[0],
+                 problem.channels, values, gradients, products);
+    finish<A>(points, staged[query % 2], products,
               static_cast<Real*>(call.location_gradient) + 2 * first_point(query),
               static_cast<W*>(call.weight_gradient) + first_point(query));
   }

@@ -172,6 +172,15 @@ inline void load_pairs(const typename A::Real* from, int64_t count, typename A::
 }
 
 template <typename A>
+inline void store_pairs(typename A::Real* to, const typename A::Reals& x, const typename A::Reals& y,
+                        int64_t count) {
+  for (int64_t i = 0; i < (count < A::kLanes ? count : A::kLanes); ++i) {
+    to[2 * i] = x[i];
+    to[2 * i + 1] = y[i];
+  }
+}
+
+template <typename A>
 inline typename A::Quad fold(const typename A::Reals& vector) {
   typename A::Quad quads[A::kLanes / kQuad];
   std::memcpy(quads, &vector, sizeof quads);
