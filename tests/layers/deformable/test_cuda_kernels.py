@@ -202,6 +202,16 @@ def test_far_away(kernels, far):
     check(kernels, inputs)
 
 
+def test_points_outside_have_no_gradient_whatever_that_of_the_output(kernels):
+    inputs = make_inputs(channels=32)
+    gradient = make_gradient(inputs[0], inputs[-1])
+    gradient[:, 2] = NAN
+    inputs[3][:, :, :, 1] = 5.0
+    _, of_locations, of_weights = kernels.backward(gradient, *inputs)
+    assert not of_locations[:, :, :, 1].any() and not of_weights[:, :, :, 1].any()
+    assert of_weights[:, 2].isnan().any()
+
+
 @pytest.mark.parametrize("broken", [NAN, math.inf])
 def test_pixels_that_take_no_part_are_not_read(kernels, broken):
     """Points at the borders of the second map; the other maps, and pixels not theirs, broken."""

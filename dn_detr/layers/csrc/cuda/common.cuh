@@ -6,8 +6,8 @@
 // Every lane works out one sampling point at a time and hands it to the others through shared
 // memory, so that this arithmetic is done once for a point instead of once for every channel. Items
 // never cross warps: nothing but __syncwarp() is needed, and all threads of a warp reach all of
-// them. A block takes consecutive queries of one head: in an encoder these read neighbouring pixels,
-// which the L1 cache then serves.
+// them. A block takes consecutive queries of one head: in an encoder these read pixels near each
+// other, which the L1 cache then serves.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -23,6 +24,11 @@ namespace cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
+
+// Of nearly all models; the kernels have an instance for this number of channels.
+constexpr int kUsualChannels = 32;
+// Up to this number, levels are looked through without a loop.
+constexpr int kFewLevels = 4;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
@@ -56,8 +62,38 @@ struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
+template <typename T, int kCount>
+__device__ void unpack(const Pack<T, kCount>& pack, Real<T> (&numbers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) numbers[i] = to_real(pack.at[i]);
+}
+
+// A bfloat16 is the upper half of a float: one instruction each, where __bfloat162float takes two
+// for every other number.
+__device__ inline void unpack(const Pack<__nv_bfloat16, 8>& pack, float (&numbers)[8]) {
+  unsigned pairs[4];
+  memcpy(pairs, &pack, sizeof(pairs));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    numbers[2 * i] = __uint_as_float(pairs[i] << 16);
+    numbers[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+
 template <typename T>
 constexpr int kPackSize = 16 / sizeof(T);  // the widest access there is
+
+// Division by a number known to the host, of dividends below 2^31: n / d = (n * m / 2^32 + n) / 2^s
+// with m from 2^32 * (2^s - d) / d, rounded up (Granlund and Montgomery, PLDI 1994).
+struct Divisor {
+  unsigned divisor, multiplier, shift;
+
+  explicit Divisor(unsigned number = 1);
+
+  __device__ unsigned divide(unsigned dividend) const {
+    return (__umulhi(dividend, multiplier) + dividend) >> shift;
+  }
+};
 
 struct Map {
   int height, width, first_token, first_point;
@@ -66,9 +102,11 @@ struct Map {
 // The Problem as a kernel parameter.
 struct Layout {
   int64_t value_batch_stride;  // elements
-  int value_token_stride;      // bytes
-  int tokens, heads, channels, queries, points, query_blocks, num_levels;
-  Map levels[kMaxLevels];
+  int value_token_stride;      // accesses, each of kChannels elements
+  int gradient_token_stride;   // the same, of the dense gradient of value
+  int tokens, heads, channels, queries, points, num_levels;
+  Divisor by_heads, by_query_blocks;
+  Map levels[kMaxLevels];  // those that are not there begin at point INT_MAX
 };
 
 // The item of this thread.
@@ -80,17 +118,20 @@ struct Item {
   bool exists;    // the last block of an image may have items to spare
 };
 
-__device__ inline Item this_item(const Layout& layout) {
-  const unsigned block = blockIdx.x / layout.heads;
-  const unsigned batch = block / layout.query_blocks;
-  const unsigned query = (block - batch * layout.query_blocks) * blockDim.y + threadIdx.y;
+// kLanes is the number of lanes where the compiler knows it, otherwise 0.
+template <int kLanes>
+__device__ Item this_item(const Layout& layout) {
+  const unsigned block = layout.by_heads.divide(blockIdx.x);
+  const unsigned batch = layout.by_query_blocks.divide(block);
+  const unsigned query_block = block - batch * layout.by_query_blocks.divisor;
+  const unsigned query = query_block * blockDim.y + threadIdx.y;
   Item item;
   item.lane = threadIdx.x;
-  item.lanes = blockDim.x;
-  item.head = blockIdx.x - block * layout.heads;
+  item.lanes = kLanes != 0 ? kLanes : blockDim.x;
+  item.head = blockIdx.x - block * layout.by_heads.divisor;
   item.batch = batch;
   item.exists = query < layout.queries;
-  item.index = (item.batch * layout.queries + query) * layout.heads + item.head;
+  item.index = (int64_t(batch) * layout.queries + query) * layout.heads + item.head;
   return item;
 }
 
@@ -100,17 +141,18 @@ struct Sample {
   R x, y, weight;
 };
 
+// `locations` and `weights` are those of the item. What is not there reads as a point that is
+// outside of every map.
 template <typename R, typename Weight>
 __device__ Sample<R> read_sample(const Layout& layout, const Item& item, int point,
                                  const R* __restrict__ locations,
                                  const Weight* __restrict__ weights) {
-  // what is not there reads as a point that is outside of every map
   if (!item.exists || point >= layout.points) return {R(-1e30), R(-1e30), R(0)};
-  const int64_t index = item.index * layout.points + point;
-  return {locations[2 * index], locations[2 * index + 1], R(to_real(weights[index]))};
+  const R* location = locations + 2 * int64_t(point);
+  return {location[0], location[1], R(to_real(weights[point]))};
 }
 
-// A sampling point on its map.
+// A sampling point on its map; where it is not inside, the numbers are 0.
 template <typename R>
 struct Place {
   Map map;
@@ -122,13 +164,18 @@ struct Place {
 template <typename R>
 __device__ Place<R> locate(const Layout& layout, int point, R x, R y) {
   Place<R> place;
-  place.map = layout.levels[0];
-  for (int level = 1; level < layout.num_levels; ++level) {
-    if (point >= layout.levels[level].first_point) place.map = layout.levels[level];
+  int level = 0;
+#pragma unroll
+  for (int next = 1; next < kFewLevels; ++next) level += point >= layout.levels[next].first_point;
+#pragma unroll 1
+  for (int next = kFewLevels; next < layout.num_levels; ++next) {
+    level += point >= layout.levels[next].first_point;
   }
-  const R column = x * place.map.width - R(0.5), row = y * place.map.height - R(0.5);
+  place.map = layout.levels[level];
+  R column = x * place.map.width - R(0.5), row = y * place.map.height - R(0.5);
   // so written that NaN is inside
   place.inside = !(column < -1 || column >= place.map.width || row < -1 || row >= place.map.height);
+  if (!place.inside) column = row = 0;
   place.right = column - floor(column);
   place.lower = row - floor(row);
   // the maximum of NaN and -1 is -1, which makes an address out of NaN

@@ -4,12 +4,13 @@ namespace dn_detr {
 namespace cuda {
 namespace {
 
-// The four corners of a point: upper left, upper right, lower left, lower right. One that is outside
-// of the map is replaced by its neighbour inside, with which it shares that weight: so every corner
-// can be read, and only pixels that take part are. (A weight of 0 would turn infinity into NaN.)
+// The four corners of a point: upper left, upper right, lower left, lower right; their weights, and
+// how many accesses they are away from token 0. One that is outside of the map is replaced by its
+// neighbour inside, with which it shares that one's weight: so every corner can be read, and only
+// pixels that take part are. (A weight of 0 would turn infinity into NaN.)
 template <typename R>
-__device__ void find_corners(const Place<R>& place, R weight, Pack<R, 4>& weights,
-                             Pack<int, 4>& tokens) {
+__device__ void find_corners(const Place<R>& place, R weight, int token_stride,
+                             Pack<R, 4>& weights, Pack<int, 4>& offsets) {
   int left = place.column, right = left + 1, upper = place.row, lower = upper + 1;
   R weight_right = place.right, weight_left = 1 - weight_right;
   R weight_lower = place.lower, weight_upper = 1 - weight_lower;
@@ -23,65 +24,85 @@ __device__ void find_corners(const Place<R>& place, R weight, Pack<R, 4>& weight
              weight_lower * weight_right};
   const int upper_row = place.map.first_token + upper * place.map.width;
   const int lower_row = place.map.first_token + lower * place.map.width;
-  tokens = {upper_row + left, upper_row + right, lower_row + left, lower_row + right};
+  offsets = {(upper_row + left) * token_stride, (upper_row + right) * token_stride,
+             (lower_row + left) * token_stride, (lower_row + right) * token_stride};
 }
 
-template <typename Value, typename Weight, int kChannels>
-__global__ void __launch_bounds__(256)
+// Adds a sample, of this lane's channels.
+template <typename R, typename Value, int kChannels>
+__device__ void add_sample(const Pack<R, 4>& weights, const Pack<int, 4>& offsets,
+                           const Pack<Value, kChannels>* source, R (&sums)[kChannels]) {
+  Pack<Value, kChannels> pixels[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) pixels[k] = source[offsets.at[k]];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    R numbers[kChannels];
+    unpack(pixels[k], numbers);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sums[c] += weights.at[k] * numbers[c];
+  }
+}
+
+// Blocks of 256 threads that an SM must be able to hold: 5 allow 48 registers for a thread, 4 allow
+// 64, 3 allow 80. The most with which no registers have to be kept in memory.
+template <typename Value, int kLanes>
+constexpr int kLeastBlocks = kLanes == 0 ? 3 : sizeof(Value) == 2 ? 4 : 5;
+
+// With kLanes, heads have kLanes * kChannels channels.
+template <typename Value, typename Weight, int kChannels, int kLanes>
+__global__ void __launch_bounds__(256, kLeastBlocks<Value, kLanes>)
     forward_kernel(const Layout layout, const Value* __restrict__ value,
                    const Real<Value>* __restrict__ locations, const Weight* __restrict__ weights,
                    Value* __restrict__ output) {
   using R = Real<Value>;
   using Channels = Pack<Value, kChannels>;
-  const Item item = this_item(layout);
+  const Item item = this_item<kLanes>(layout);
+  const int num_channels = kLanes != 0 ? kLanes * kChannels : layout.channels;
+  locations += 2 * item.index * layout.points;
+  weights += item.index * layout.points;
+  value += item.batch * layout.value_batch_stride + int64_t(item.head) * num_channels;
+
   const int pitch = item_pitch(item.lanes);
   auto* all_weights = reinterpret_cast<Pack<R, 4>*>(shared_memory);
-  auto* all_tokens = reinterpret_cast<Pack<int, 4>*>(all_weights + blockDim.y * pitch);
+  auto* all_offsets = reinterpret_cast<Pack<int, 4>*>(all_weights + blockDim.y * pitch);
   auto* corner_weights = all_weights + threadIdx.y * pitch;
-  auto* corner_tokens = all_tokens + threadIdx.y * pitch;
+  auto* corner_offsets = all_offsets + threadIdx.y * pitch;
   const unsigned thread = (threadIdx.y * item.lanes + item.lane) % kWarpSize;
-  const unsigned threads_before = (1u << thread) - 1;
   const unsigned threads_of_item = (kWholeWarp >> (kWarpSize - item.lanes))
                                    << (thread - item.lane);
+  const unsigned lanes_before = threads_of_item & ((1u << thread) - 1);
 
-  for (int first_channel = 0; first_channel < layout.channels;
+  for (int first_channel = 0; first_channel < num_channels;
        first_channel += item.lanes * kChannels) {
     const int channel = first_channel + item.lane * kChannels;
-    const bool has_channels = channel < layout.channels;
+    const bool has_channels = kLanes != 0 || channel < num_channels;
     // a lane without channels reads what the first one reads
-    const char* source = reinterpret_cast<const char*>(
-        value + item.batch * layout.value_batch_stride + int64_t(item.head) * layout.channels +
-        (has_channels ? channel : 0));
+    const auto* source = reinterpret_cast<const Channels*>(value + (has_channels ? channel : 0));
     R sums[kChannels] = {};
     Sample<R> sample = read_sample(layout, item, item.lane, locations, weights);
     for (int first_point = 0; first_point < layout.points; first_point += item.lanes) {
       const int point = first_point + item.lane;
       const Place<R> place = locate(layout, point, sample.x, sample.y);
-      const unsigned points_inside = __ballot_sync(kWholeWarp, place.inside) & threads_of_item;
+      const unsigned inside = __ballot_sync(kWholeWarp, place.inside);
       __syncwarp();  // the points before these have been read
       if (place.inside) {
-        const int position = __popc(points_inside & threads_before);
-        find_corners(place, sample.weight, corner_weights[position], corner_tokens[position]);
+        const int position = __popc(inside & lanes_before);
+        find_corners(place, sample.weight, layout.value_token_stride, corner_weights[position],
+                     corner_offsets[position]);
       }
       __syncwarp();
       sample = read_sample(layout, item, point + item.lanes, locations, weights);
-      const int count = __popc(points_inside);
-#pragma unroll 2
-      for (int p = 0; p < count; ++p) {
-        const Pack<R, 4> corner_weight = corner_weights[p];
-        const Pack<int, 4> token = corner_tokens[p];
-        Channels pixels[4];
+      const int count = __popc(inside & threads_of_item);
+      if (kLanes != 0 && count == kLanes) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          pixels[k] = *reinterpret_cast<const Channels*>(
-              source + int64_t(token.at[k]) * layout.value_token_stride);
+        for (int p = 0; p < kLanes; ++p) {
+          add_sample(corner_weights[p], corner_offsets[p], source, sums);
         }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            sums[c] += corner_weight.at[k] * to_real(pixels[k].at[c]);
-          }
+      } else {
+#pragma unroll kLanes != 0 ? 1 : 2
+        for (int p = 0; p < count; ++p) {
+          add_sample(corner_weights[p], corner_offsets[p], source, sums);
         }
       }
     }
@@ -89,17 +110,18 @@ __global__ void __launch_bounds__(256)
       Channels result;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) store(&result.at[c], sums[c]);
-      *reinterpret_cast<Channels*>(output + item.index * layout.channels + channel) = result;
+      *reinterpret_cast<Channels*>(output + item.index * num_channels + channel) = result;
     }
   }
 }
 
-template <typename Value, typename Weight, int kChannels>
+template <typename Value, typename Weight, int kChannels, int kLanes>
 cudaError_t launch_forward(const Problem& problem, const void* value, const void* locations,
                            const void* weights, void* output, cudaStream_t stream) {
-  const Plan plan = make_plan(problem, kChannels, sizeof(Value), sizeof(Real<Value>));
+  constexpr size_t kBytesPerPoint = sizeof(Pack<Real<Value>, 4>) + sizeof(Pack<int, 4>);
+  const Plan plan = make_plan(problem, kChannels, kBytesPerPoint);
   if (plan.error != cudaSuccess) return plan.error;
-  return launch(plan, stream, forward_kernel<Value, Weight, kChannels>,
+  return launch(plan, stream, forward_kernel<Value, Weight, kChannels, kLanes>,
                 static_cast<const Value*>(value), static_cast<const Real<Value>*>(locations),
                 static_cast<const Weight*>(weights), static_cast<Value*>(output));
 }
@@ -112,9 +134,12 @@ cudaError_t forward(const Problem& problem, const void* value, const void* locat
   return dispatch(problem, [&](auto value_type, auto weight_type) {
     using Value = typename decltype(value_type)::type;
     using Weight = typename decltype(weight_type)::type;
-    const auto launch_kernel = can_use_packs(problem, sizeof(Value), {value, output})
-                                   ? launch_forward<Value, Weight, kPackSize<Value>>
-                                   : launch_forward<Value, Weight, 1>;
+    constexpr int kPack = kPackSize<Value>, kUsualLanes = kUsualChannels / kPack;
+    const auto launch_kernel = !can_use_packs(problem, sizeof(Value), {value, output})
+                                   ? launch_forward<Value, Weight, 1, 0>
+                               : problem.channels == kUsualChannels
+                                   ? launch_forward<Value, Weight, kPack, kUsualLanes>
+                                   : launch_forward<Value, Weight, kPack, 0>;
     return launch_kernel(problem, value, locations, weights, output, stream);
   });
 }

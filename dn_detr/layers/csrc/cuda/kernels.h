@@ -2,8 +2,8 @@
 //
 // All pointers are device memory on the current device; work is queued on `stream`, nothing waits.
 // The result is an error of the launch, or cudaErrorInvalidValue for what the kernels cannot index:
-// more than kMaxLevels levels; 2^31 or more tokens, points, queries, heads or channels; 2^31 or more
-// bytes from a token to the next one; 2^31 or more blocks.
+// more than kMaxLevels levels; about 2^31 or more points, queries, heads, channels, accesses in one
+// image (of 16 bytes where memory is aligned, else of one channel), or blocks.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -7,9 +7,9 @@ namespace dn_detr {
 namespace cuda {
 namespace {
 
-// Threads of a block. The kernels need no cooperation beyond a warp; a big block gathers
-// neighbouring queries on one SM (L1). Where few blocks result, as in a decoder, smaller ones spread
-// the work over more SMs: 512 is about four for each SM of a large GPU.
+// Threads of a block. The kernels need no cooperation beyond a warp, but a big block gathers
+// neighbouring queries on one SM (L1). Where few blocks result, as in a decoder, smaller ones
+// spread the work over more SMs: 512 are about four for each SM of a large GPU.
 constexpr int kMostThreads = 256, kFewestThreads = 64;
 constexpr int64_t kEnoughBlocks = 512;
 
@@ -19,23 +19,29 @@ int64_t blocks_of(const Problem& problem, int items) {
   return (problem.queries + items - 1) / items * problem.heads * problem.batch;
 }
 
-bool fill_layout(const Problem& problem, int value_size, Layout& layout) {
+bool fill_layout(const Problem& problem, int channels_per_lane, Layout& layout) {
   // a single token has no next one, whatever its stride says
-  const int64_t token_stride = problem.tokens > 1 ? problem.value_token_stride * value_size : 0;
-  const int64_t gradient_stride = problem.heads * problem.channels * int64_t(sizeof(int64_t));
+  const int64_t value_stride =
+      problem.tokens > 1 ? problem.value_token_stride / channels_per_lane : 0;
+  const int64_t gradient_stride = problem.heads * problem.channels / channels_per_lane;
   for (int64_t number : {problem.tokens, problem.heads, problem.channels, problem.queries,
-                         problem.points, token_stride, gradient_stride}) {
+                         problem.points, value_stride, gradient_stride}) {
     if (!fits(number)) return false;
   }
-  if (problem.num_levels > kMaxLevels) return false;
+  if (!fits(problem.tokens * value_stride) || !fits(problem.tokens * gradient_stride) ||
+      problem.num_levels > kMaxLevels) {
+    return false;
+  }
   layout.value_batch_stride = problem.value_batch_stride;
-  layout.value_token_stride = static_cast<int>(token_stride);
+  layout.value_token_stride = static_cast<int>(value_stride);
+  layout.gradient_token_stride = static_cast<int>(gradient_stride);
   layout.tokens = static_cast<int>(problem.tokens);
   layout.heads = static_cast<int>(problem.heads);
   layout.channels = static_cast<int>(problem.channels);
   layout.queries = static_cast<int>(problem.queries);
   layout.points = static_cast<int>(problem.points);
   layout.num_levels = static_cast<int>(problem.num_levels);
+  for (Map& map : layout.levels) map = {1, 1, 0, INT_MAX};
   for (int l = 0; l < layout.num_levels; ++l) {
     const Level& level = problem.levels[l];
     layout.levels[l] = {static_cast<int>(level.height), static_cast<int>(level.width),
@@ -46,10 +52,16 @@ bool fill_layout(const Problem& problem, int value_size, Layout& layout) {
 
 }  // namespace
 
-Plan make_plan(const Problem& problem, int channels_per_lane, int value_size, int real_size) {
+Divisor::Divisor(unsigned number) : divisor(number), multiplier(1), shift(0) {
+  while ((uint64_t(1) << shift) < divisor) ++shift;
+  const uint64_t excess = (uint64_t(1) << shift) - divisor;
+  multiplier = static_cast<unsigned>((excess << 32) / divisor + 1);
+}
+
+Plan make_plan(const Problem& problem, int channels_per_lane, size_t bytes_per_point) {
   Plan plan = {};
   plan.error = cudaErrorInvalidValue;
-  if (!fill_layout(problem, value_size, plan.layout)) return plan;
+  if (!fill_layout(problem, channels_per_lane, plan.layout)) return plan;
 
   int lanes = 1;
   while (lanes < kWarpSize && lanes * channels_per_lane < plan.layout.channels) lanes *= 2;
@@ -58,11 +70,12 @@ Plan make_plan(const Problem& problem, int channels_per_lane, int value_size, in
 
   const int64_t blocks = blocks_of(problem, items);
   if (blocks > INT_MAX) return plan;
-  plan.layout.query_blocks = static_cast<int>((problem.queries + items - 1) / items);
+  plan.layout.by_heads = Divisor(static_cast<unsigned>(problem.heads));
+  plan.layout.by_query_blocks =
+      Divisor(static_cast<unsigned>((problem.queries + items - 1) / items));
   plan.grid = dim3(static_cast<unsigned>(blocks));
   plan.block = dim3(lanes, items);
-  // four numbers and four tokens for one point of every thread
-  plan.shared_bytes = size_t(items) * item_pitch(lanes) * 4 * (real_size + sizeof(int));
+  plan.shared_bytes = items * item_pitch(lanes) * bytes_per_point;
   plan.error = cudaSuccess;
   return plan;
 }

@@ -16,10 +16,10 @@ struct Plan {
   size_t shared_bytes;
 };
 
-// `real_size` is sizeof(Real<Value>).
-Plan make_plan(const Problem& problem, int channels_per_lane, int value_size, int real_size);
+// `bytes_per_point` is the shared memory for one point of one item.
+Plan make_plan(const Problem& problem, int channels_per_lane, size_t bytes_per_point);
 
-// Whether the channels of a token, in all tensors at these addresses, begin at multiples of 16 bytes.
+// Whether the channels of a token begin at multiples of 16 bytes in all tensors at these addresses.
 bool can_use_packs(const Problem& problem, int value_size,
                    std::initializer_list<const void*> addresses);
 

@@ -3,15 +3,14 @@
 // fixed point, where it does not.
 //
 // Fixed point: terms are multiplied by 2^shift, rounded to integers of 64 bits and added as such. A
-// term is at most bound = max|gradient| * max|weights|, and one address receives at most one unit of
-// bilinear weight from each of queries * points; with
+// term is at most bound = max|gradient| * max|weights|, and one address receives at most one unit
+// of bilinear weight from each of queries * points. With
 //
 //   shift = 62 - ceil(log2(queries * points)) - ceil(log2(bound))
 //
-// no sum can overflow. A term is off by at most 2^-(shift + 1). For 22,223 queries of 16 points that
-// is 2^-44 of the bound for every term: float32 (2^-24 of the largest partial sum) is coarser
-// wherever the sum exceeds 2^-20 of the bound for each term, and below that a sum is still exact to
-// 2^-44 of the bound. For double the result is less precise than with atomics (2^-53).
+// no sum can overflow, and a term is off by at most 2^-(shift + 1): for 22,223 queries of 16 points
+// by 2^-44 of the bound. A float sum is off by 2^-25 of its partial sums with every term, which is
+// more wherever these exceed 2^-19 of the bound. Sums of double are less precise than with atomics.
 // Where gradient or weights are not finite, or a term is not (NaN locations, overflow), the whole
 // gradient of value is NaN.
 #pragma once
@@ -21,36 +20,41 @@
 namespace dn_detr {
 namespace cuda {
 
-template <typename R>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasVectorAtomics = true;
+__device__ inline void add_vector(float* sums, float a, float b, float c, float d) {
+  atomicAdd(reinterpret_cast<float4*>(sums), make_float4(a, b, c, d));
+}
+#else
+constexpr bool kHasVectorAtomics = false;
+__device__ inline void add_vector(...) {}
+#endif
+
+// Terms are added to kCount neighbouring sums; offsets count accesses of so many.
+template <typename R, int kCount>
 class FloatingSum {
  public:
   using Target = R*;
 
-  // `first` is the index of this thread's first channel at token 0.
-  __device__ FloatingSum(Target target, int64_t first, int elements_per_token)
-      : first_(reinterpret_cast<char*>(target + first)),
-        bytes_per_token_(elements_per_token * int(sizeof(R))) {}
+  __device__ FloatingSum(Target target, int64_t first)
+      : first_(reinterpret_cast<Sums*>(target + first)) {}
 
-  template <int kCount>
-  __device__ void add(int token, const R (&terms)[kCount]) const {
-    R* sums = reinterpret_cast<R*>(first_ + int64_t(token) * bytes_per_token_);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if constexpr (sizeof(R) == sizeof(float) && kCount % 4 == 0) {
+  __device__ void add(int offset, const R (&terms)[kCount]) const {
+    R(&sums)[kCount] = first_[offset];
+    if constexpr (kHasVectorAtomics && sizeof(R) == sizeof(float) && kCount % 4 == 0) {
 #pragma unroll
       for (int c = 0; c < kCount; c += 4) {
-        atomicAdd(reinterpret_cast<float4*>(sums + c),
-                  make_float4(terms[c], terms[c + 1], terms[c + 2], terms[c + 3]));
+        add_vector(sums + c, terms[c], terms[c + 1], terms[c + 2], terms[c + 3]);
       }
-      return;
-    }
-#endif
+    } else {
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) atomicAdd(sums + c, terms[c]);
+      for (int c = 0; c < kCount; ++c) atomicAdd(sums + c, terms[c]);
+    }
   }
 
  private:
-  char* first_;
-  int bytes_per_token_;
+  using Sums = R[kCount];
+  Sums* first_;
 };
 
 // Words of 64 bits in device memory, zeros at first.
@@ -79,30 +83,24 @@ class FixedPointSum {
  public:
   using Target = FixedPoint;
 
-  __device__ FixedPointSum(Target target, int64_t first, int elements_per_token)
-      : sums_(target.words + FixedPoint::kSums + first),
+  __device__ FixedPointSum(Target target, int64_t first)
+      : first_(target.words + FixedPoint::kSums + first),
         not_finite_(target.words + FixedPoint::kNotFinite),
-        elements_per_token_(elements_per_token),
         scale_(ldexp(1.0, target.shift())) {}
 
-  template <typename R, int kCount>
-  __device__ void add(int token, const R (&terms)[kCount]) const {
-    unsigned long long* sums = sums_ + int64_t(token) * elements_per_token_;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      if (isfinite(terms[c])) {
-        const long long rounded = __double2ll_rn(terms[c] * scale_);
-        atomicAdd(sums + c, static_cast<unsigned long long>(rounded));
-      } else {
-        atomicMax(not_finite_, 1ull);
-      }
+  template <typename R>
+  __device__ void add(int offset, const R (&terms)[1]) const {
+    if (isfinite(terms[0])) {
+      const long long rounded = __double2ll_rn(terms[0] * scale_);
+      atomicAdd(first_ + offset, static_cast<unsigned long long>(rounded));
+    } else {
+      atomicMax(not_finite_, 1ull);
     }
   }
 
  private:
-  unsigned long long* sums_;
+  unsigned long long* first_;
   unsigned long long* not_finite_;
-  int elements_per_token_;
   double scale_;
 };
 

@@ -115,6 +115,7 @@ inline float4 atomicAdd(float4* target, float4 term) {
   return before;
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline long long __double2ll_rn(double number) { return std::llrint(number); }
 
@@ -122,6 +123,12 @@ inline long long __double_as_longlong(double number) {
   long long bits;
   std::memcpy(&bits, &number, sizeof(bits));
   return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof(bits));
+  return number;
 }
 
 inline double __longlong_as_double(long long bits) {
