@@ -94,7 +94,8 @@ def check_shapes(shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
 def _integer(size: int) -> int:
     if isinstance(size, Tensor):
         raise TypeError
-    return size if isinstance(size, torch.SymInt) else operator.index(size)
+    # operator.index would fix the sizes of a compiled program.
+    return size if isinstance(size, int | torch.SymInt) else operator.index(size)
 
 
 def _check_points(given: Sequence[int] | None, levels: int, locations: Tensor) -> list[int]:
