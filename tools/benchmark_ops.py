@@ -15,6 +15,7 @@ the authors' extension (MultiScaleDeformableAttention), detrex, mmcv, and the pa
 """
 
 import argparse
+import contextlib
 import platform
 import re
 import sys
@@ -126,12 +127,12 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def main() -> None:
-    args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    plan, cases = make_plan(args), chosen_cases(args)
-    before = measuring.ceilings(plan.device)
+def own_stream():
+    """Graphs cannot be made on the default one."""
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
+def measure_all(plan: Plan, cases: list[Case], args: argparse.Namespace) -> list[report.Row]:
     rows = []
     for dtype in (DTYPES[name] for name in args.dtypes):
         for case in cases:
@@ -139,6 +140,17 @@ def main() -> None:
             rows += measure(plan, case, dtype)
             if not (case.queries or args.no_layers) and dtype in (torch.float32, torch.float64):
                 rows += measure_layer(plan, case, dtype)
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    plan, cases = make_plan(args), chosen_cases(args)
+    before = measuring.ceilings(plan.device)
+    with own_stream() if plan.graphs else contextlib.nullcontext():
+        rows = measure_all(plan, cases, args)
     ceilings = before.best(measuring.ceilings(plan.device))
     facts = environment(plan.device, ceilings)
     print(report.describe(facts), report.table(rows, ceilings), sep="\n\n")

@@ -91,15 +91,15 @@ def interleaved(
 
 
 def as_graph(call: Call) -> Call:
-    """A CUDA graph of the call: replayed, it takes the kernels' time without the launches'."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    """A CUDA graph of the call: replayed, it takes the kernels' time without the launches'.
+
+    To be called on a stream other than the default one; and a backward pass runs on the stream of
+    its forward pass, so that this has to be the same one.
+    """
+    for _ in range(3):
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         call()
     return graph.replay
 
