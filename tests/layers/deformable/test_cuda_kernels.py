@@ -2,6 +2,9 @@
 
 import ctypes
 import math
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -342,3 +345,18 @@ def test_what_cannot_be_indexed_is_an_error_of_the_launch(kernels, field, number
     assert kernels.library.forward(ctypes.byref(problem), *nowhere) == invalid_value
     tensors = cuda_on_cpu.BackwardTensors()
     assert kernels.library.backward(ctypes.byref(problem), ctypes.byref(tensors)) == invalid_value
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu"])
+def test_compiles_without_torch_and_without_spilled_registers(source, architecture, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-c"]
+    command += [str(cuda_on_cpu.KERNELS / source), "-o", str(tmp_path / "kernels.o")]
+    result = subprocess.run(command, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", result.stderr)]
+    assert spilled and not any(spilled), result.stderr

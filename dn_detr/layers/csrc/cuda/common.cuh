@@ -88,8 +88,6 @@ constexpr int kPackSize = 16 / sizeof(T);  // the widest access there is
 struct Divisor {
   unsigned divisor, multiplier, shift;
 
-  explicit Divisor(unsigned number = 1);
-
   __device__ unsigned divide(unsigned dividend) const {
     return (__umulhi(dividend, multiplier) + dividend) >> shift;
   }

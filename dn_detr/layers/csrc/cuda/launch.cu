@@ -50,13 +50,15 @@ bool fill_layout(const Problem& problem, int channels_per_lane, Layout& layout) 
   return true;
 }
 
-}  // namespace
-
-Divisor::Divisor(unsigned number) : divisor(number), multiplier(1), shift(0) {
-  while ((uint64_t(1) << shift) < divisor) ++shift;
-  const uint64_t excess = (uint64_t(1) << shift) - divisor;
-  multiplier = static_cast<unsigned>((excess << 32) / divisor + 1);
+Divisor make_divisor(int64_t number) {
+  unsigned shift = 0;
+  while ((int64_t(1) << shift) < number) ++shift;
+  const int64_t excess = (int64_t(1) << shift) - number;
+  const int64_t multiplier = (excess << 32) / number + 1;
+  return {static_cast<unsigned>(number), static_cast<unsigned>(multiplier), shift};
 }
+
+}  // namespace
 
 Plan make_plan(const Problem& problem, int channels_per_lane, size_t bytes_per_point) {
   Plan plan = {};
@@ -70,9 +72,8 @@ Plan make_plan(const Problem& problem, int channels_per_lane, size_t bytes_per_p
 
   const int64_t blocks = blocks_of(problem, items);
   if (blocks > INT_MAX) return plan;
-  plan.layout.by_heads = Divisor(static_cast<unsigned>(problem.heads));
-  plan.layout.by_query_blocks =
-      Divisor(static_cast<unsigned>((problem.queries + items - 1) / items));
+  plan.layout.by_heads = make_divisor(problem.heads);
+  plan.layout.by_query_blocks = make_divisor((problem.queries + items - 1) / items);
   plan.grid = dim3(static_cast<unsigned>(blocks));
   plan.block = dim3(lanes, items);
   plan.shared_bytes = items * item_pitch(lanes) * bytes_per_point;
