@@ -109,7 +109,8 @@ struct Layout {
 
 // The item of this thread.
 struct Item {
-  int lane, lanes;  // this thread among those of the item
+  int lane, lanes;           // this thread among those of the item
+  unsigned threads, before;  // bits of the item's threads in the warp, and of those before this one
   int head;
   int64_t batch;
   int64_t index;  // in tensors [batch, query, head, ...]
@@ -126,6 +127,9 @@ __device__ Item this_item(const Layout& layout) {
   Item item;
   item.lane = threadIdx.x;
   item.lanes = kLanes != 0 ? kLanes : blockDim.x;
+  const unsigned thread = (threadIdx.y * item.lanes + item.lane) % kWarpSize;
+  item.threads = (kWholeWarp >> (kWarpSize - item.lanes)) << (thread - item.lane);
+  item.before = item.threads & ((1u << thread) - 1);
   item.head = blockIdx.x - block * layout.by_heads.divisor;
   item.batch = batch;
   item.exists = query < layout.queries;

@@ -28,10 +28,29 @@ __device__ void find_corners(const Place<R>& place, R weight, int token_stride,
              (lower_row + left) * token_stride, (lower_row + right) * token_stride};
 }
 
+// What the lanes of an item hand to each other: the corners of its points that are inside.
+template <typename R>
+struct Staged {
+  Pack<R, 4>* weights;
+  Pack<int, 4>* offsets;
+
+  static constexpr size_t kBytesPerPoint = sizeof(Pack<R, 4>) + sizeof(Pack<int, 4>);
+
+  __device__ explicit Staged(const Item& item) {
+    const int pitch = item_pitch(item.lanes);
+    auto* all_weights = reinterpret_cast<Pack<R, 4>*>(shared_memory);
+    weights = all_weights + threadIdx.y * pitch;
+    offsets = reinterpret_cast<Pack<int, 4>*>(all_weights + blockDim.y * pitch) +
+              threadIdx.y * pitch;
+  }
+};
+
 // Adds a sample, of this lane's channels.
 template <typename R, typename Value, int kChannels>
-__device__ void add_sample(const Pack<R, 4>& weights, const Pack<int, 4>& offsets,
+__device__ void add_sample(const Staged<R>& staged, int point,
                            const Pack<Value, kChannels>* source, R (&sums)[kChannels]) {
+  const Pack<R, 4> weights = staged.weights[point];
+  const Pack<int, 4> offsets = staged.offsets[point];
   Pack<Value, kChannels> pixels[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) pixels[k] = source[offsets.at[k]];
@@ -58,21 +77,11 @@ __global__ void __launch_bounds__(256, kLeastBlocks<Value, kLanes>)
   using R = Real<Value>;
   using Channels = Pack<Value, kChannels>;
   const Item item = this_item<kLanes>(layout);
+  const Staged<R> staged(item);
   const int num_channels = kLanes != 0 ? kLanes * kChannels : layout.channels;
   locations += 2 * item.index * layout.points;
   weights += item.index * layout.points;
   value += item.batch * layout.value_batch_stride + int64_t(item.head) * num_channels;
-
-  const int pitch = item_pitch(item.lanes);
-  auto* all_weights = reinterpret_cast<Pack<R, 4>*>(shared_memory);
-  auto* all_offsets = reinterpret_cast<Pack<int, 4>*>(all_weights + blockDim.y * pitch);
-  auto* corner_weights = all_weights + threadIdx.y * pitch;
-  auto* corner_offsets = all_offsets + threadIdx.y * pitch;
-  const unsigned thread = (threadIdx.y * item.lanes + item.lane) % kWarpSize;
-  const unsigned threads_of_item = (kWholeWarp >> (kWarpSize - item.lanes))
-                                   << (thread - item.lane);
-  const unsigned lanes_before = threads_of_item & ((1u << thread) - 1);
-
   for (int first_channel = 0; first_channel < num_channels;
        first_channel += item.lanes * kChannels) {
     const int channel = first_channel + item.lane * kChannels;
@@ -87,23 +96,19 @@ __global__ void __launch_bounds__(256, kLeastBlocks<Value, kLanes>)
       const unsigned inside = __ballot_sync(kWholeWarp, place.inside);
       __syncwarp();  // the points before these have been read
       if (place.inside) {
-        const int position = __popc(inside & lanes_before);
-        find_corners(place, sample.weight, layout.value_token_stride, corner_weights[position],
-                     corner_offsets[position]);
+        const int position = __popc(inside & item.before);
+        find_corners(place, sample.weight, layout.value_token_stride, staged.weights[position],
+                     staged.offsets[position]);
       }
       __syncwarp();
       sample = read_sample(layout, item, point + item.lanes, locations, weights);
-      const int count = __popc(inside & threads_of_item);
+      const int count = __popc(inside & item.threads);
       if (kLanes != 0 && count == kLanes) {
 #pragma unroll
-        for (int p = 0; p < kLanes; ++p) {
-          add_sample(corner_weights[p], corner_offsets[p], source, sums);
-        }
+        for (int p = 0; p < kLanes; ++p) add_sample(staged, p, source, sums);
       } else {
 #pragma unroll kLanes != 0 ? 1 : 2
-        for (int p = 0; p < count; ++p) {
-          add_sample(corner_weights[p], corner_offsets[p], source, sums);
-        }
+        for (int p = 0; p < count; ++p) add_sample(staged, p, source, sums);
       }
     }
     if (item.exists && has_channels) {
@@ -118,8 +123,7 @@ __global__ void __launch_bounds__(256, kLeastBlocks<Value, kLanes>)
 template <typename Value, typename Weight, int kChannels, int kLanes>
 cudaError_t launch_forward(const Problem& problem, const void* value, const void* locations,
                            const void* weights, void* output, cudaStream_t stream) {
-  constexpr size_t kBytesPerPoint = sizeof(Pack<Real<Value>, 4>) + sizeof(Pack<int, 4>);
-  const Plan plan = make_plan(problem, kChannels, kBytesPerPoint);
+  const Plan plan = make_plan(problem, kChannels, Staged<Real<Value>>::kBytesPerPoint);
   if (plan.error != cudaSuccess) return plan.error;
   return launch(plan, stream, forward_kernel<Value, Weight, kChannels, kLanes>,
                 static_cast<const Value*>(value), static_cast<const Real<Value>*>(locations),
