@@ -230,9 +230,9 @@ class BuildKernels(build_ext):
                 with last_lines(printed):
                     return self.build(with_cuda, flags)
             except Exception as error:  # compilers fail in many ways; all of them are told
-                reason = f"{error}\n{telling(printed)}"
+                reason = f"{' '.join(str(error).split())}\n{telling(printed)}"
                 if with_cuda:
-                    tell_loss("CUDA kernels were left out", reason)
+                    tell_loss("no CUDA kernels were built", reason)
                 else:
                     self.give_up(reason)
 

@@ -205,8 +205,8 @@ def test_lost_kernels_are_said_once(env: ModuleType, capsys: pytest.CaptureFixtu
     [
         ("g++ ...\ncopying ...\n", ""),
         (
-            "g++ ...\ndn_detr: CUDA kernels were left out: nvcc\n    error: x\n  Later\ng++ ...\n",
-            "CUDA kernels were left out: nvcc\n    error: x\n  Later\n",
+            "g++ ...\ndn_detr: no CUDA kernels were built: nvcc\n    error: x\n  Later\ng++ ...\n",
+            "no CUDA kernels were built: nvcc\n    error: x\n  Later\n",
         ),
     ],
 )
