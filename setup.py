@@ -174,7 +174,7 @@ def last_lines(lines: list):
                 lines.append(line.rstrip())
                 del lines[:-200]
 
-    thread = threading.Thread(target=copy)
+    thread = threading.Thread(target=copy, daemon=True)
     thread.start()
     for fd in saved:
         os.dup2(write, fd)
@@ -186,9 +186,7 @@ def last_lines(lines: list):
         sys.stderr.flush()
         for fd, original in saved.items():
             os.dup2(original, fd)
-        thread.join()
-        for original in saved.values():
-            os.close(original)
+        thread.join(timeout=5)  # a compiler cache's server that was started here has no end
 
 
 def telling(lines: list) -> str:
