@@ -139,6 +139,18 @@ def test_strided_value(kernels, channels, dtype):
     check(kernels, [strided, *others])
 
 
+@pytest.mark.parametrize("extra_of_token, extra_of_image", [(1, 0), (0, 1)])
+def test_strides_that_are_not_aligned(kernels, extra_of_token, extra_of_image):
+    value, *others = make_inputs(batch=3, channels=32)
+    batch, tokens, heads, channels = value.shape
+    token_stride = heads * channels + extra_of_token
+    strides = tokens * token_stride + extra_of_image, token_stride, channels, 1
+    memory = torch.full((batch * strides[0],), NAN)
+    strided = memory.as_strided(value.shape, strides)
+    strided.copy_(value)
+    check(kernels, [strided, *others])
+
+
 def test_value_expanded_over_the_batch(kernels):
     value, *others = make_inputs(batch=3)
     check(kernels, [value[:1].expand_as(value), *others])
@@ -298,6 +310,29 @@ def test_deterministic_gradient_of_large_and_small_heads(kernels):
     expected, *_ = loops.backward(*as_numpy(gradient, *inputs))
     for head in range(2):
         assert_near(of_value[:, :, head], expected[:, :, head])
+
+
+@pytest.mark.parametrize("which", ["gradient", "weights"])
+@pytest.mark.parametrize("where", [0, 1, 31, 37, 118, 119])
+def test_deterministic_gradient_where_one_number_is_large(kernels, where, which):
+    """The bound is the largest number, whichever thread reads it."""
+    inputs = make_inputs()
+    inputs[3].clamp_(0.1, 0.9)
+    gradient, weights = torch.ones(2, 5, 16), inputs[-1].fill_(1.0)
+    changed = gradient if which == "gradient" else weights
+    changed.mul_(1e-20).view(-1)[where] = 1.0
+    of_value, *_ = kernels.backward(gradient, *inputs, deterministic=True)
+    assert_near(of_value, loops.backward(*as_numpy(gradient, *inputs))[0])
+
+
+@pytest.mark.parametrize("broken", [NAN, math.inf])
+def test_deterministic_gradient_is_nan_even_if_no_point_is_inside(kernels, broken):
+    inputs = make_inputs()
+    inputs[3][1, 2] = 5.0
+    inputs[-1][1, 2] = broken
+    gradient = make_gradient(inputs[0], inputs[-1])
+    of_value, *_ = kernels.backward(gradient, *inputs, deterministic=True)
+    assert of_value.isnan().all()
 
 
 @pytest.mark.parametrize("broken", [NAN, math.inf, -math.inf])
