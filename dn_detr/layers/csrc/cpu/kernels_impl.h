@@ -17,7 +17,6 @@ namespace {
 #include "vectors.h"
 
 constexpr int kCorners = 4;  // left top, right top, left bottom, right bottom
-constexpr int kBlock = 32;   // channels that are summed up in registers
 
 // Of as many points as a vector has lanes, what their levels say about them.
 template <typename A>
@@ -175,47 +174,66 @@ inline void prefetch(const Points<A>& points, const Buffer<Staged<A>>& vectors, 
   }
 }
 
-// Channels [first, first + kVectors * lanes) of the output; of the last vector `count` exist.
-template <typename A, int kVectors, bool kWhole, typename T>
-inline void sum_rows(const Points<A>& points, const Buffer<Staged<A>>& vectors,
-                     const Rows<const T>& rows, int64_t first, int64_t count, T* output) {
+// Neighbouring channels that are held in registers: vectors, or `count` channels of one.
+template <int kVectorsInBlock, bool kWholeVectors>
+struct Block {
+  static constexpr int kVectors = kVectorsInBlock;
+  static constexpr bool kWhole = kWholeVectors;
+  int64_t first, count;
+};
+
+// Calls `function` with blocks that make up all channels.
+template <typename A, typename Function>
+inline void for_blocks(int64_t channels, const Function& function) {
+  constexpr int kLong = 32, kShort = 16;  // the usual head, and half of it
+  int64_t first = 0;
+  for (; first + kLong <= channels; first += kLong) {
+    function(Block<kLong / A::kLanes, true>{first, A::kLanes});
+  }
+  for (; first + kShort <= channels; first += kShort) {
+    function(Block<kShort / A::kLanes, true>{first, A::kLanes});
+  }
+  for (; first + A::kLanes <= channels; first += A::kLanes) {
+    function(Block<1, true>{first, A::kLanes});
+  }
+  if (first < channels) function(Block<1, false>{first, channels - first});
+}
+
+// A vector of a block.
+template <typename A, typename B, typename T>
+inline typename A::Reals load_of(const B& block, const T* from) {
+  return B::kWhole ? load<A>(from) : load_part<A>(from, block.count);
+}
+
+template <typename A, typename B, typename T>
+inline void store_of(const B& block, T* to, const typename A::Reals& vector) {
+  store_part<A>(to, vector, B::kWhole ? A::kLanes : block.count);
+}
+
+template <typename A, typename B, typename T>
+inline void write_output(const Points<A>& points, const Buffer<Staged<A>>& vectors,
+                         const Rows<const T>& rows, const B& block, T* output) {
   using Reals = typename A::Reals;
   // Independent sums hide the latency of an addition.
-  constexpr int kSums = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : kCorners;
-  Reals sums[kSums][kVectors] = {};
+  constexpr int kSums = B::kVectors >= 8 ? 1 : B::kVectors >= 4 ? 2 : kCorners;
+  Reals sums[kSums][B::kVectors] = {};
   for (int64_t i = 0; i < points.vectors; ++i) {
     const Staged<A>& staged = vectors[i];
     for (int64_t lane = 0; lane < points.lanes(i); ++lane) {
       if (staged.outside(lane)) continue;
       for (int k = 0; k < kCorners; ++k) {
-        const T* row = rows(staged.token[k][lane]) + first;
+        const T* row = rows(staged.token[k][lane]) + block.first;
         const typename A::Real share = staged.share[k][lane];
-        for (int v = 0; v < kVectors; ++v) {
-          const T* from = row + v * A::kLanes;
-          sums[k % kSums][v] += share * (kWhole ? load<A>(from) : load_part<A>(from, count));
+        for (int v = 0; v < B::kVectors; ++v) {
+          sums[k % kSums][v] += share * load_of<A>(block, row + v * A::kLanes);
         }
       }
     }
   }
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < B::kVectors; ++v) {
     Reals sum = sums[0][v];
     for (int s = 1; s < kSums; ++s) sum += sums[s][v];
-    store_part<A>(output + first + v * A::kLanes, sum, kWhole ? A::kLanes : count);
-  }
-}
-
-template <typename A, typename T>
-inline void write_output(const Points<A>& points, const Buffer<Staged<A>>& vectors,
-                         const Rows<const T>& rows, int64_t channels, T* output) {
-  int64_t first = 0;
-  for (; first + kBlock <= channels; first += kBlock) {
-    sum_rows<A, kBlock / A::kLanes, true>(points, vectors, rows, first, A::kLanes, output);
-  }
-  for (; first + A::kLanes <= channels; first += A::kLanes) {
-    sum_rows<A, 1, true>(points, vectors, rows, first, A::kLanes, output);
-  }
-  if (first < channels) {
-    sum_rows<A, 1, false>(points, vectors, rows, first, channels - first, output);
+    store_of<A>(block, output + block.first + v * A::kLanes, sum);
   }
 }
 
@@ -240,22 +258,12 @@ void forward(const Call& call, int64_t first_query, int64_t last_query) {
   if (first < last) prepare(first);
   for (int64_t item = first; item < last; ++item) {
     if (item + 1 < last) prepare(item + 1);
-    write_output<A, T>(points, staged[item % 2], rows(item), problem.channels,
-                       static_cast<T*>(call.output) + item * problem.channels);
-  }
-}
-
-// Of one vector of channels: its part of the products of the gradient with the four rows of a
-// point, and the share of the gradient that each row gets.
-template <typename A, typename T>
-inline void add_products(const typename A::Reals& gradient, const typename A::Real (&shares)[kCorners],
-                         const T* const (&values)[kCorners],
-                         typename A::Real* const (&sums)[kCorners], int64_t first, int64_t count,
-                         typename A::Reals (&products)[kCorners]) {
-  for (int k = 0; k < kCorners; ++k) {
-    products[k] += gradient * load_part<A>(values[k] + first, count);
-    typename A::Real* to = sums[k] + first;
-    store_part<A>(to, load_part<A>(to, count) + shares[k] * gradient, count);
+    const auto& current = staged[item % 2];
+    const auto current_rows = rows(item);
+    T* output = static_cast<T*>(call.output) + item * problem.channels;
+    for_blocks<A>(problem.channels, [=, &points, &current](auto block) {
+      write_output<A>(points, current, current_rows, block, output);
+    });
   }
 }
 
@@ -265,36 +273,37 @@ struct Products {
   typename A::Reals of_corner[kCorners];
 };
 
-// Adds to the rows of value's gradient, and returns the products with the rows of value. kVectors:
-// number of whole vectors of a head; 0: any number, and a part.
-template <typename A, int kVectors, typename T>
+// Adds to the rows of value's gradient, and to the products with the rows of value.
+template <typename A, typename B, typename T>
 inline void scatter(const Points<A>& points, const Buffer<Staged<A>>& vectors, const T* gradient,
-                    int64_t channels, const Rows<const T>& values,
-                    const Rows<typename A::Real>& gradients, Buffer<Products<A>>& products) {
+                    const Rows<const T>& values, const Rows<typename A::Real>& gradients,
+                    const B& block, Buffer<Products<A>>& products) {
+  using Real = typename A::Real;
   using Reals = typename A::Reals;
-  Reals held[kVectors ? kVectors : 1];
-  for (int v = 0; v < kVectors; ++v) held[v] = load<A>(gradient + v * A::kLanes);
+  Reals held[B::kVectors];
+  for (int v = 0; v < B::kVectors; ++v) {
+    held[v] = load_of<A>(block, gradient + block.first + v * A::kLanes);
+  }
   for (int64_t i = 0; i < points.vectors; ++i) {
     const Staged<A>& staged = vectors[i];
     for (int64_t lane = 0; lane < points.lanes(i); ++lane) {
       if (staged.outside(lane)) continue;
-      const T* value[kCorners];
-      typename A::Real *sum[kCorners], share[kCorners];
-      for (int k = 0; k < kCorners; ++k) {
-        value[k] = values(staged.token[k][lane]);
-        sum[k] = gradients(staged.token[k][lane]);
-        share[k] = staged.share[k][lane];
-      }
       Reals parts[kCorners] = {};
-      for (int v = 0; v < kVectors; ++v) {
-        add_products<A, T>(held[v], share, value, sum, v * A::kLanes, A::kLanes, parts);
-      }
-      for (int64_t c = kVectors ? channels : 0; c < channels; c += A::kLanes) {
-        const Reals part = load_part<A>(gradient + c, channels - c);
-        add_products<A, T>(part, share, value, sum, c, channels - c, parts);
+      for (int k = 0; k < kCorners; ++k) {
+        const T* value = values(staged.token[k][lane]) + block.first;
+        Real* sums = gradients(staged.token[k][lane]) + block.first;
+        const Real share = staged.share[k][lane];
+        for (int v = 0; v < B::kVectors; ++v) {
+          parts[k] += held[v] * load_of<A>(block, value + v * A::kLanes);
+          Real* to = sums + v * A::kLanes;
+          store_of<A>(block, to, load_of<A>(block, to) + share * held[v]);
+        }
       }
       const typename A::Quad product = sum_lanes<A>(parts);
-      for (int k = 0; k < kCorners; ++k) products[i].of_corner[k][lane] = product[k];
+      for (int k = 0; k < kCorners; ++k) {
+        Real& sum = products[i].of_corner[k][lane];
+        sum = block.first == 0 ? product[k] : sum + product[k];
+      }
     }
   }
 }
@@ -351,16 +360,16 @@ void backward(const Call& call, const Slice& slice) {
       prefetch(points, staged[query % 2], gradients, problem.channels);
     }
   };
-  constexpr int kVectors = kBlock / A::kLanes;
-  const auto scatter_rows = problem.channels == kBlock ? &scatter<A, kVectors, T> : &scatter<A, 0, T>;
   Buffer<Products<A>> products(points.vectors);
   if (problem.queries > 0) prepare(0);
   for (int64_t query = 0; query < problem.queries; ++query) {
     if (query + 1 < problem.queries) prepare(query + 1);
-    scatter_rows(points, staged[query % 2],
-                 static_cast<const T*>(call.gradient) + item(query) * problem.channels,
-                 problem.channels, values, gradients, products);
-    finish<A>(points, staged[query % 2], products,
+    const auto& current = staged[query % 2];
+    const T* gradient = static_cast<const T*>(call.gradient) + item(query) * problem.channels;
+    for_blocks<A>(problem.channels, [=, &points, &current, &products](auto block) {
+      scatter<A>(points, current, gradient, values, gradients, block, products);
+    });
+    finish<A>(points, current, products,
               static_cast<Real*>(call.location_gradient) + 2 * first_point(query),
               static_cast<W*>(call.weight_gradient) + first_point(query));
   }

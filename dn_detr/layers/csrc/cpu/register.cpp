@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -81,6 +82,8 @@ bool rows_are_far(const Problem& problem) {
 at::Tensor empty_like(const at::Tensor& dense) { return empty(dense.sizes(), dense.options()); }
 
 Call call_of(const Arguments& arguments) {
+  TORCH_CHECK_VALUE(arguments.problem.tokens <= std::numeric_limits<int32_t>::max(),
+                    "shapes: fewer than 2^31 tokens are needed, got ", arguments.problem.tokens);
   Call call = {};
   call.problem = arguments.problem;
   call.value = arguments.value.const_data_ptr();
