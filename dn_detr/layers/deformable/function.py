@@ -95,7 +95,7 @@ def _integer(size: int) -> int:
     if isinstance(size, Tensor):
         raise TypeError
     # operator.index would fix the sizes of a compiled program.
-    return size if isinstance(size, int | torch.SymInt) else operator.index(size)
+    return size if isinstance(size, (int, torch.SymInt)) else operator.index(size)
 
 
 def _check_points(given: Sequence[int] | None, levels: int, locations: Tensor) -> list[int]:

@@ -101,10 +101,13 @@ torch.library.register_autograd(OPERATOR, _gradients, setup_context=_save, lib=_
 torch.library.register_autograd(_BACKWARD, _second_gradients, setup_context=_save, lib=_library)
 
 
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
 def autocast_dtype(value: Tensor) -> torch.dtype:
     """The dtype in which `value` is read here: autocast's, or its own (float64 stays as it is)."""
     device_type = value.device.type
-    if value.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if value.dtype == torch.float64 or device_type not in _AUTOCAST_KEYS:
         return value.dtype
     if not torch.is_autocast_enabled(device_type):
         return value.dtype
@@ -125,5 +128,5 @@ def _register_autocast(key: str) -> None:
     _library.impl(OPERATOR, cast_and_call, key)
 
 
-for _key in ("AutocastCPU", "AutocastCUDA"):
+for _key in _AUTOCAST_KEYS.values():
     _register_autocast(_key)
