@@ -21,10 +21,10 @@ struct Call {
   bool prefetch;  // rows are not in a near cache: fetch those of the next query ahead
 };
 
-// A share of the backward pass that touches a slice of the gradients of its own: the points
-// [first_point, last_point), all of one level or of all levels, of one head of one image.
+// A share of the backward pass that adds to a part of value's gradient of its own: one image, some
+// of its heads, some of its levels.
 struct Slice {
-  int64_t image, head, first_level, last_level;
+  int64_t image, first_head, last_head, first_level, last_level;
 };
 
 struct Kernels {

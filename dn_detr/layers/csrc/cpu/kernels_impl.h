@@ -338,40 +338,43 @@ void backward(const Call& call, const Slice& slice) {
   using Real = typename A::Real;
   const Problem& problem = call.problem;
   const Points<A> points(problem, slice.first_level, slice.last_level);
-  const Rows<const T> values = value_rows<T>(call, slice.image, slice.head);
-  const int64_t width = problem.heads * problem.channels;
-  const Rows<Real> gradients = {static_cast<Real*>(call.value_gradient) +
-                                    slice.image * problem.tokens * width +
-                                    slice.head * problem.channels,
-                                width};
-  const auto item = [&](int64_t query) {
-    return (slice.image * problem.queries + query) * problem.heads + slice.head;
+  const int64_t heads = slice.last_head - slice.first_head, items = problem.queries * heads;
+  const auto head = [&](int64_t i) { return slice.first_head + i % heads; };
+  // Of the i-th item of the slice: its place in tensors [batch, query, head, ...].
+  const auto item = [&](int64_t i) {
+    return (slice.image * problem.queries + i / heads) * problem.heads + head(i);
   };
-  const auto first_point = [&](int64_t query) {
-    return item(query) * problem.points + points.first;
+  const auto first_point = [&](int64_t i) { return item(i) * problem.points + points.first; };
+  const auto gradient_rows = [&](int64_t i) {
+    const int64_t stride = problem.heads * problem.channels;
+    return Rows<Real>{static_cast<Real*>(call.value_gradient) +
+                          slice.image * problem.tokens * stride + head(i) * problem.channels,
+                      stride};
   };
   Buffer<Staged<A>> staged[2] = {Buffer<Staged<A>>(points.vectors),
                                  Buffer<Staged<A>>(points.vectors)};
-  const auto prepare = [&](int64_t query) {
-    stage<A, true>(points, static_cast<const Real*>(call.locations) + 2 * first_point(query),
-                   static_cast<const W*>(call.weights) + first_point(query), staged[query % 2]);
+  const auto prepare = [&](int64_t i) {
+    stage<A, true>(points, static_cast<const Real*>(call.locations) + 2 * first_point(i),
+                   static_cast<const W*>(call.weights) + first_point(i), staged[i % 2]);
     if (call.prefetch) {
-      prefetch(points, staged[query % 2], values, problem.channels);
-      prefetch(points, staged[query % 2], gradients, problem.channels);
+      prefetch(points, staged[i % 2], value_rows<T>(call, slice.image, head(i)), problem.channels);
+      prefetch(points, staged[i % 2], gradient_rows(i), problem.channels);
     }
   };
   Buffer<Products<A>> products(points.vectors);
-  if (problem.queries > 0) prepare(0);
-  for (int64_t query = 0; query < problem.queries; ++query) {
-    if (query + 1 < problem.queries) prepare(query + 1);
-    const auto& current = staged[query % 2];
-    const T* gradient = static_cast<const T*>(call.gradient) + item(query) * problem.channels;
+  if (items > 0) prepare(0);
+  for (int64_t i = 0; i < items; ++i) {
+    if (i + 1 < items) prepare(i + 1);
+    const auto& current = staged[i % 2];
+    const auto values = value_rows<T>(call, slice.image, head(i));
+    const auto gradients = gradient_rows(i);
+    const T* gradient = static_cast<const T*>(call.gradient) + item(i) * problem.channels;
     for_blocks<A>(problem.channels, [=, &points, &current, &products](auto block) {
       scatter<A>(points, current, gradient, values, gradients, block, products);
     });
     finish<A>(points, current, products,
-              static_cast<Real*>(call.location_gradient) + 2 * first_point(query),
-              static_cast<W*>(call.weight_gradient) + first_point(query));
+              static_cast<Real*>(call.location_gradient) + 2 * first_point(i),
+              static_cast<W*>(call.weight_gradient) + first_point(i));
   }
 }
 
