@@ -15,13 +15,13 @@ struct Call {
   const void* weights;
   void* output;
   const void* gradient;  // of the output
-  void* value_gradient;  // zeroed
+  void* value_gradient;  // whatever is in it, the slices together write all of it
   void* location_gradient;
   void* weight_gradient;
   bool prefetch;  // rows are not in a near cache: fetch those of the next query ahead
 };
 
-// A share of the backward pass that adds to a part of value's gradient of its own: one image, some
+// A share of the backward pass that writes a part of value's gradient of its own: one image, some
 // of its heads, some of its levels.
 struct Slice {
   int64_t image, first_head, last_head, first_level, last_level;

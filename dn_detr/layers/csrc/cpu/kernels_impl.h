@@ -333,11 +333,25 @@ inline void finish(const Points<A>& points, const Buffer<Staged<A>>& vectors,
   }
 }
 
+// Here and not for all slices at once: rows that were just written are near.
+template <typename Real>
+inline void clear(const Problem& problem, const Slice& slice, Real* value_gradient) {
+  if (slice.first_level == slice.last_level) return;
+  const Level& last = problem.levels[slice.last_level - 1];
+  const int64_t end = last.first_token + last.height * last.width;
+  const int64_t width = (slice.last_head - slice.first_head) * problem.channels;
+  for (int64_t t = problem.levels[slice.first_level].first_token; t < end; ++t) {
+    const int64_t row = (slice.image * problem.tokens + t) * problem.heads + slice.first_head;
+    std::memset(value_gradient + row * problem.channels, 0, width * sizeof(Real));
+  }
+}
+
 template <typename A, typename T, typename W>
 void backward(const Call& call, const Slice& slice) {
   using Real = typename A::Real;
   const Problem& problem = call.problem;
   const Points<A> points(problem, slice.first_level, slice.last_level);
+  clear(problem, slice, static_cast<Real*>(call.value_gradient));
   const int64_t heads = slice.last_head - slice.first_head, items = problem.queries * heads;
   const auto head = [&](int64_t i) { return slice.first_head + i % heads; };
   // Of the i-th item of the slice: its place in tensors [batch, query, head, ...].

@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -32,11 +31,6 @@ at::Tensor from_system(at::IntArrayRef sizes, const at::TensorOptions& options) 
 }
 
 }  // namespace
-
-at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const at::Tensor tensor = from_system(sizes, options);
-  return tensor.defined() ? tensor : at::zeros(sizes, options);
-}
 
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const at::Tensor tensor = from_system(sizes, options);

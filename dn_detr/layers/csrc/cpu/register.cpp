@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     at::IntArrayRef points_per_level, const at::Tensor& locations, const at::Tensor& weights) {
   const Arguments arguments(value, shapes, points_per_level, locations, weights);
   const at::Tensor dense_gradient = arguments.checked_gradient(gradient);
-  at::Tensor value_gradient = zeros(arguments.value_sizes(), arguments.sum_options());
+  at::Tensor value_gradient = empty(arguments.value_sizes(), arguments.sum_options());
   at::Tensor location_gradient = empty_like(arguments.locations);
   at::Tensor weight_gradient = empty_like(arguments.weights);
   Call call = call_of(arguments);
