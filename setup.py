@@ -129,10 +129,14 @@ def prepare_cuda(torch) -> bool:
 
 
 def architectures(torch) -> str:
-    """Those that torch was built for; without a GPU, torch's build finds none by itself."""
+    """Those that torch was built for, from the first with atomics of float64 (6.0) on.
+
+    Without a GPU, torch's build finds none by itself.
+    """
     flags = torch._C._cuda_getArchFlags().split()
     numbers = sorted(int(flag[3:]) for flag in flags if re.fullmatch(r"sm_\d+", flag))
-    return ";".join(f"{number // 10}.{number % 10}" for number in numbers) + "+PTX"
+    named = [f"{number // 10}.{number % 10}" for number in numbers if number >= 60]
+    return ";".join(named or ["8.0"]) + "+PTX"
 
 
 def compiler_flags(torch) -> dict:
@@ -148,14 +152,17 @@ def compiler_flags(torch) -> dict:
     os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
     flags = ["-O3", "-g0"]  # Python's own flags have -g, which makes the library ten times as large
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
-    if shutil.which(compiler[0]) is None:
-        raise BuildError(f"there is no C++ compiler ({compiler[0]}). Install g++, or set CXX")
+    if not compiler or shutil.which(compiler[0]) is None:
+        named = compiler[0] if compiler else "CXX is empty"
+        raise BuildError(f"there is no C++ compiler ({named}). Install g++, or set CXX")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     # Compiled with OpenMP, but not linked with it: the names are to be found in the runtime that
     # torch has loaded. With a second runtime, torch.set_num_threads would not count here. Clang
     # calls functions that GCC's runtime, the one in torch's packages, does not have.
     if torch.backends.openmp.is_available() and "clang" not in version:
         flags.append("-fopenmp")
+    else:
+        say("built with this compiler, the CPU kernels run on one thread; g++ makes threaded ones")
     return {"cxx": flags, "nvcc": ["-O3"]}
 
 
@@ -222,6 +229,8 @@ class BuildKernels(build_ext):
             flags = compiler_flags(torch)
         except BuildError as error:
             return self.give_up(str(error))
+        except Exception as error:  # whatever torch or a compiler thinks of this machine
+            return self.give_up(f"{type(error).__name__}: {error}")
         for with_cuda in (True, False) if cuda else (False,):
             printed = []
             try:
@@ -247,11 +256,11 @@ class BuildKernels(build_ext):
         command.run()
 
     def give_up(self, reason: str) -> None:
-        """Goes on without kernels, also without those of an earlier build, which may not fit."""
+        """Goes on without kernels; those of an earlier build in this place may not fit and go."""
         tell_loss("no kernels were built", reason)
-        file = self.get_ext_filename(NAME)
-        for path in (Path(self.build_lib, file), Path(file)):
-            path.unlink(missing_ok=True)
+        in_tree = self.inplace or self.editable_mode
+        folder = Path() if in_tree else Path(self.build_lib)
+        (folder / self.get_ext_filename(NAME)).unlink(missing_ok=True)
         self.extensions = []
 
 

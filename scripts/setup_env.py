@@ -59,13 +59,16 @@ def check_python(version: Tuple[int, int]) -> None:
 def stamp_lines(root: Path) -> List[str]:
     """What the stamp of a complete set-up holds: hashes of what decides it, and detectron2."""
     kernels = [path for path in sorted((root / KERNELS).rglob("*.*")) if path.suffix != ".md"]
-    return [_hash([root / name for name in DECIDED_BY]), _hash(kernels), "detectron2"]
+    decided_by = [root / name for name in DECIDED_BY]
+    return [_hash(root, decided_by), _hash(root, kernels), "detectron2"]
 
 
-def _hash(files: List[Path]) -> str:
+def _hash(root: Path, files: List[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()
 
 

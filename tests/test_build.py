@@ -226,7 +226,9 @@ def torch_like(cuda: str | None, gpu: bool) -> SimpleNamespace:
         __version__="2.4.0",
         version=SimpleNamespace(cuda=cuda),
         cuda=SimpleNamespace(is_available=lambda: gpu),
-        _C=SimpleNamespace(_cuda_getArchFlags=lambda: "sm_75 sm_120 sm_90 sm_90a compute_120"),
+        _C=SimpleNamespace(
+            _cuda_getArchFlags=lambda: "sm_50 sm_75 sm_120 sm_90 sm_90a compute_120"
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +133,8 @@ def _mmcv() -> Function:
 
 
 def _hub() -> Function:
-    """Hugging Face's build of the authors' kernels; fetched where it is not there yet."""
+    """Hugging Face's build of the authors' kernels, if it was fetched before."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the package is imported
     module = importlib.import_module("kernels").get_kernel("kernels-community/deformable-detr")
     return Classic(partial(ClassicFunction.apply, module))
 

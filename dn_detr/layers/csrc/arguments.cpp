@@ -13,19 +13,29 @@ Scalar scalar_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
-std::vector<Level> levels_of(at::IntArrayRef shapes, at::IntArrayRef points_per_level) {
+// Compares before it multiplies or adds, which might overflow.
+std::vector<Level> levels_of(at::IntArrayRef shapes, at::IntArrayRef points_per_level,
+                             int64_t tokens, int64_t points) {
   TORCH_CHECK_VALUE(shapes.size() == 2 * points_per_level.size(),
                     "shapes: two numbers for each of points_per_level are needed");
   std::vector<Level> levels;
   int64_t token = 0, point = 0;
   for (size_t l = 0; l < points_per_level.size(); ++l) {
-    const int64_t height = shapes[2 * l], width = shapes[2 * l + 1], points = points_per_level[l];
+    const int64_t height = shapes[2 * l], width = shapes[2 * l + 1], number = points_per_level[l];
     TORCH_CHECK_VALUE(height > 0 && width > 0, "shapes: level ", l, " has no pixels");
-    TORCH_CHECK_VALUE(points >= 0, "points_per_level: negative at level ", l);
-    levels.push_back({height, width, token, point, points});
+    TORCH_CHECK_VALUE(height <= (tokens - token) / width, "shapes: they need more tokens than the ",
+                      tokens, " of value");
+    TORCH_CHECK_VALUE(number >= 0, "points_per_level: negative at level ", l);
+    TORCH_CHECK_VALUE(number <= points - point, "points_per_level: more points than the ", points,
+                      " of locations");
+    levels.push_back({height, width, token, point, number});
     token += height * width;
-    point += points;
+    point += number;
   }
+  TORCH_CHECK_VALUE(token == tokens, "value: the level shapes add up to ", token, " tokens, got ",
+                    tokens);
+  TORCH_CHECK_VALUE(point == points, "locations: points_per_level adds up to ", point,
+                    " points, got ", points);
   return levels;
 }
 
@@ -45,20 +55,17 @@ Arguments::Arguments(const at::Tensor& value_, at::IntArrayRef shapes,
   TORCH_CHECK_VALUE(value_.dim() == 4, "value: [B, S, H, D] is needed, got ", value_.sizes());
   TORCH_CHECK_VALUE(locations_.dim() == 5, "locations: [B, Q, H, points, 2] is needed, got ",
                     locations_.sizes());
-  levels = levels_of(shapes, points_per_level);
-  const Level end = levels.empty() ? Level{} : levels.back();
-  const int64_t tokens = end.first_token + end.height * end.width;
-  const int64_t points = end.first_point + end.num_points;
-  const int64_t batch = value_.size(0), heads = value_.size(2), queries = locations_.size(1);
+  const int64_t batch = value_.size(0), heads = value_.size(2);
+  const int64_t queries = locations_.size(1), points = locations_.size(3);
+  levels = levels_of(shapes, points_per_level, value_.size(1), points);
   const std::vector<int64_t> weight_sizes = {batch, queries, heads, points};
   const std::vector<int64_t> location_sizes = {batch, queries, heads, points, 2};
-  TORCH_CHECK_VALUE(value_.size(1) == tokens, "value: the level shapes add up to ", tokens,
-                    " tokens, got ", value_.sizes());
   TORCH_CHECK_VALUE(locations_.sizes() == at::IntArrayRef(location_sizes), "locations: ",
                     at::IntArrayRef(location_sizes), " is needed, got ", locations_.sizes());
   TORCH_CHECK_VALUE(weights_.sizes() == at::IntArrayRef(weight_sizes), "weights: ",
                     at::IntArrayRef(weight_sizes), " is needed, got ", weights_.sizes());
-  const Scalar value_type = scalar_of(value_, "value"), weight_type = scalar_of(weights_, "weights");
+  const Scalar value_type = scalar_of(value_, "value");
+  const Scalar weight_type = scalar_of(weights_, "weights");
   TORCH_CHECK_TYPE(
       weight_type == value_type || (weight_type == Scalar::kFloat && value_type != Scalar::kDouble),
       "weights: value's type or float32 is needed, got ", weights_.scalar_type());
@@ -72,7 +79,7 @@ Arguments::Arguments(const at::Tensor& value_, at::IntArrayRef shapes,
   value = with_dense_heads(value_);
   locations = locations_.contiguous();
   weights = weights_.contiguous();
-  problem = {batch,       tokens,     heads,
+  problem = {batch,       value.size(1), heads,
              value.size(3), queries,    points,
              value.stride(0), value.stride(1), levels.data(),
              static_cast<int64_t>(levels.size()), value_type, weight_type};

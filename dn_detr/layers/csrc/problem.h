@@ -1,4 +1,4 @@
-// What one call computes, in plain C++: shared by the CPU and the CUDA kernels, which know no torch.
+// What one call computes, in plain C++: for the CPU and the CUDA kernels, which know no torch.
 #pragma once
 
 #include <cstdint>

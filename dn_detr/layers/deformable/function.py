@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from dn_detr.layers.deformable import operators
+from dn_detr.layers.deformable import operators, reference
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -23,7 +24,7 @@ def multi_scale_deformable_attention(
     A point at (x, y) of a map of size (h, w) lies at pixel (x * w - 0.5, y * h - 0.5); pixels
     outside of the map do not take part (`grid_sample` with zeros and `align_corners=False`). Sums
     are taken in float32, for float64 in float64. Under autocast `value` is lowered, and nothing
-    else. It can be differentiated any number of times.
+    else. It can be differentiated any number of times, in forward mode through the reference.
 
     Shape letters: B batch, S tokens, H heads, D channels of a head, Q queries, L levels, P points.
 
@@ -55,6 +56,9 @@ def multi_scale_deformable_attention(
     _check_dtypes(value, locations, weights)
     if points_per_level is None:
         locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
+    if forward_ad._current_level >= 0:  # in forward mode, operators lose derivatives silently
+        shapes = list(zip(flat_shapes[::2], flat_shapes[1::2]))
+        return reference.by_gathering(value, shapes, points, locations, weights)
     return operators.forward(value, flat_shapes, points, locations, weights)
 
 
@@ -92,6 +96,8 @@ def check_shapes(shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
 
 
 def _integer(size: int) -> int:
+    if torch.jit.is_tracing():
+        return int(size)  # there, sizes of tensors are tensors
     if isinstance(size, Tensor):
         raise TypeError
     # operator.index would fix the sizes of a compiled program.
@@ -105,7 +111,7 @@ def _check_points(given: Sequence[int] | None, levels: int, locations: Tensor) -
                 f"locations: [B, Q, H, L, P, 2] is needed (or points_per_level beside it), got "
                 f"{list(locations.shape)}"
             )
-        return [locations.shape[4]] * levels
+        return [_integer(locations.shape[4])] * levels
     try:
         points = [_integer(number) for number in given]
     except TypeError as error:

@@ -6,6 +6,7 @@ points of all levels.
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,9 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(
                 f"num_heads: it must divide embed_dim, got {num_heads} heads for {embed_dim}"
             )
-        points = (num_points,) * num_levels if isinstance(num_points, int) else tuple(num_points)
+        points = (
+            (num_points,) * num_levels if isinstance(num_points, Integral) else tuple(num_points)
+        )
         if len(points) != num_levels or min(points, default=0) < 0 or sum(points) < 1:
             raise ValueError(
                 f"num_points: one number, or one for each of {num_levels} levels, and some point "
@@ -209,6 +212,8 @@ def project_values(
     Raises:
         TypeError, ValueError: an argument does not fit; the text begins with its name.
     """
+    if not layers:
+        raise ValueError("layers: at least one is needed")
     for layer in layers:
         if tokens.dim() != 3 or tokens.shape[-1] != layer.embed_dim:
             wanted = f"[B, S, {layer.embed_dim}]"

@@ -123,11 +123,17 @@ def test_all_pixels_and_all_results_are_touched_once(instructions, channels, que
 
 
 BAD = [  # changed arguments by position, error, its text
-    ({1: [5, 6, 3, 5]}, ValueError, "value: the level shapes add up to 45 tokens"),
+    ({1: [5, 6, 3, 5]}, ValueError, "shapes: they need more tokens than the 42 of value"),
+    ({1: [5, 6, 2, 4]}, ValueError, "value: the level shapes add up to 38 tokens, got 42"),
+    # The first two products wrap around to small numbers.
+    ({1: [0x7CF000007D1, 0x19EFDB135DE7B131, 3, 4]}, ValueError, "shapes: they need more tokens"),
+    ({1: [2**32, 2**32, 6, 7]}, ValueError, "shapes: they need more tokens than"),
+    ({2: [2**63 - 1, 2**63 - 1]}, ValueError, "points_per_level: more points than the 5 of loc"),
     ({1: [6, 5, 0, 4]}, ValueError, "shapes: level 1 has no pixels"),
     ({1: [6, 5, 3]}, ValueError, "shapes: two numbers for each of points_per_level are needed"),
-    ({2: [6, -1]}, ValueError, "points_per_level: negative at level 1"),
-    ({2: [4, 2]}, ValueError, "locations: .* is needed"),
+    ({2: [5, -1]}, ValueError, "points_per_level: negative at level 1"),
+    ({2: [4, 2]}, ValueError, "points_per_level: more points than the 5 of locations"),
+    ({2: [1, 1]}, ValueError, "locations: points_per_level adds up to 2 points, got 5"),
     ({0: torch.zeros(2, 42, 2, 4).long()}, TypeError, "value: no kernel for Long"),
     ({0: torch.zeros(2, 42, 8)}, ValueError, "value: .* is needed"),
     ({3: torch.zeros(2, 5, 2, 5, 3)}, ValueError, "locations: .* is needed"),
@@ -186,3 +192,16 @@ def test_the_environment_names_a_set(name, printed):
         text=True,
     )
     assert (done.stdout or done.stderr).strip().endswith(printed)
+
+
+def test_large_results_are_ordinary_tensors():
+    """Beyond 32 MiB they have memory of their own kind."""
+    value = torch.zeros(1, 2**18 + 1, 1, 33)
+    locations, weights = torch.full((1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1)
+    gradient, _, _ = operators.backward(
+        torch.ones(1, 1, 33), value, [2**18 + 1, 1], [1], locations, weights
+    )
+    assert gradient.nbytes > 2**25
+    torch.testing.assert_close(gradient.sum(), torch.tensor(33.0))  # the rest is zero
+    gradient.resize_(2 * gradient.numel())
+    gradient.untyped_storage().resize_(0)

@@ -189,3 +189,39 @@ def test_without_the_extension_plain_pytorch_serves_and_one_line_says_so():
     assert line.startswith("Multi-scale deformable attention on cpu runs in plain PyTorch, many t")
     assert "the extension dn_detr._C: it was not built. To build it: pip install" in line
     assert done.stdout.startswith("dn_detr._C is missing: it was not built. To build it: pip inst")
+
+
+def test_forward_mode_is_that_of_the_reference():
+    problem = random_problem()
+    tensors = problem.value, problem.locations, problem.weights
+    tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
+
+    def call(value, locations, weights):
+        return attend(value, problem.shapes, problem.points, locations, weights)
+
+    output, derivative = torch.func.jvp(call, tensors, tangents)
+    torch.testing.assert_close(output, call(*tensors))
+    step = 1e-6
+    ahead, behind = (
+        call(*(t + sign * step * d for t, d in zip(tensors, tangents))) for sign in (1, -1)
+    )
+    expected = (ahead - behind) / (2 * step)
+    torch.testing.assert_close(derivative, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_program_gives_the_same():
+    """fvcore's flop counter traces, where sizes are tensors."""
+
+    class Attention(nn.Module):
+        def forward(self, value, image, locations, weights):
+            return multi_scale_deformable_attention(value, [image.shape[-2:]], locations, weights)
+
+    inputs = (
+        torch.randn(2, 12, 2, 4),
+        torch.zeros(2, 3, 4),
+        torch.rand(2, 5, 2, 1, 3, 2),
+        torch.rand(2, 5, 2, 1, 3),
+    )
+    traced = torch.jit.trace(Attention(), inputs)
+    torch.testing.assert_close(traced(*inputs), Attention()(*inputs))

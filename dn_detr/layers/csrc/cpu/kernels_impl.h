@@ -60,8 +60,8 @@ struct Points {
 };
 
 // A vector of points of one (image, query, head), ready for the token rows. A point wholly outside
-// of its level has a negative token in its first corner; of one at a border, a corner outside has no
-// share and repeats the token of a corner inside.
+// of its level has a negative token in its first corner; of one at a border, a corner outside has
+// no share and repeats the token of a corner inside.
 template <typename A>
 struct Staged {
   typename A::Reals share[kCorners];  // bilinear share times weight
@@ -291,18 +291,18 @@ inline void scatter(const Points<A>& points, const Buffer<Staged<A>>& vectors, c
       Reals parts[kCorners] = {};
       for (int k = 0; k < kCorners; ++k) {
         const T* value = values(staged.token[k][lane]) + block.first;
-        Real* sums = gradients(staged.token[k][lane]) + block.first;
+        Real* row = gradients(staged.token[k][lane]) + block.first;
         const Real share = staged.share[k][lane];
         for (int v = 0; v < B::kVectors; ++v) {
           parts[k] += held[v] * load_of<A>(block, value + v * A::kLanes);
-          Real* to = sums + v * A::kLanes;
+          Real* to = row + v * A::kLanes;
           store_of<A>(block, to, load_of<A>(block, to) + share * held[v]);
         }
       }
       const typename A::Quad product = sum_lanes<A>(parts);
       for (int k = 0; k < kCorners; ++k) {
-        Real& sum = products[i].of_corner[k][lane];
-        sum = block.first == 0 ? product[k] : sum + product[k];
+        Reals& sums = products[i].of_corner[k];
+        sums[lane] = block.first == 0 ? product[k] : sums[lane] + product[k];
       }
     }
   }

@@ -116,7 +116,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes,
 // look at the same region; where there are fewer heads than slices, each level gets one.
 std::vector<Slice> slices_of(const Problem& problem) {
   const int64_t wanted = 2 * at::get_num_threads(), all_heads = problem.batch * problem.heads;
-  const int64_t heads = std::clamp<int64_t>(all_heads / wanted, 1, problem.heads);
+  const int64_t heads = std::max<int64_t>(1, std::min(all_heads / wanted, problem.heads));
   const int64_t levels = all_heads < wanted ? 1 : problem.num_levels;
   std::vector<Slice> slices;
   for (int64_t image = 0; image < problem.batch; ++image) {

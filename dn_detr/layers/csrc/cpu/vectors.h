@@ -152,7 +152,7 @@ inline void store_part(T* to, const typename A::Reals& vector, int64_t count) {
     std::memcpy(to, &vector, sizeof vector);
     return;
   }
-  for (int64_t i = 0; i < (count < A::kLanes ? count : A::kLanes); ++i) store_one(to + i, vector[i]);
+  for (int64_t i = 0; i < A::kLanes && i < count; ++i) store_one(to + i, vector[i]);
 }
 
 // (x, y) pairs to a vector of each; `count` of them are there.
@@ -172,9 +172,9 @@ inline void load_pairs(const typename A::Real* from, int64_t count, typename A::
 }
 
 template <typename A>
-inline void store_pairs(typename A::Real* to, const typename A::Reals& x, const typename A::Reals& y,
-                        int64_t count) {
-  for (int64_t i = 0; i < (count < A::kLanes ? count : A::kLanes); ++i) {
+inline void store_pairs(typename A::Real* to, const typename A::Reals& x,
+                        const typename A::Reals& y, int64_t count) {
+  for (int64_t i = 0; i < A::kLanes && i < count; ++i) {
     to[2 * i] = x[i];
     to[2 * i + 1] = y[i];
   }

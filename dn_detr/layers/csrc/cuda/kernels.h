@@ -30,7 +30,7 @@ struct BackwardTensors {
   void* location_gradient;  // type of locations; every element is written
   void* weight_gradient;    // type of weights; every element is written
   // fixed_point_words(problem) zeros for a gradient of value that is bitwise the same in every run
-  // (fixed_point.cuh tells its precision), or nullptr for floating-point atomics, which add in any
+  // (sums.cuh tells its precision), or nullptr for floating-point atomics, which add in any
   // order. The other two gradients are the same in every run anyway.
   int64_t* fixed_point;
 };

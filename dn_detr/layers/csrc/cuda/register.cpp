@@ -25,8 +25,8 @@ void check(const Problem& problem) {
 at::Tensor forward_op(const at::Tensor& value, at::IntArrayRef shapes,
                       at::IntArrayRef points_per_level, const at::Tensor& locations,
                       const at::Tensor& weights) {
-  const c10::cuda::CUDAGuard guard(value.device());
   const Arguments arguments(value, shapes, points_per_level, locations, weights);
+  const c10::cuda::CUDAGuard guard(value.device());
   check(arguments.problem);
   at::Tensor output = at::empty(arguments.output_sizes(), arguments.value.options());
   C10_CUDA_CHECK(forward(arguments.problem, arguments.value.const_data_ptr(),
@@ -38,8 +38,8 @@ at::Tensor forward_op(const at::Tensor& value, at::IntArrayRef shapes,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_op(
     const at::Tensor& gradient, const at::Tensor& value, at::IntArrayRef shapes,
     at::IntArrayRef points_per_level, const at::Tensor& locations, const at::Tensor& weights) {
-  const c10::cuda::CUDAGuard guard(value.device());
   const Arguments arguments(value, shapes, points_per_level, locations, weights);
+  const c10::cuda::CUDAGuard guard(value.device());
   check(arguments.problem);
   const at::Tensor dense_gradient = arguments.checked_gradient(gradient);
   const at::Tensor value_gradient = at::zeros(arguments.value_sizes(), arguments.sum_options());
