@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dn_detr.benchmark.cases import CHANNELS, HEADS, OFFSET, STRIDES, Case, pixel_centres
 from dn_detr.benchmark.implementations import GRID_SAMPLE
+from dn_detr.layers import FeedForward, MultiScaleDeformableAttention
 from dn_detr.layers.deformable import reference
-from dn_detr.layers.deformable.module import MultiScaleDeformableAttention
 
 DIM = HEADS * CHANNELS
 PASSES = ("forward", "forward+backward")
@@ -29,7 +29,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = MultiScaleDeformableAttention(DIM, HEADS, len(STRIDES))
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(2))
-        self.ffn = nn.Sequential(nn.Linear(DIM, hidden), nn.ReLU(), nn.Linear(hidden, DIM))
+        self.ffn = FeedForward(DIM, hidden, "relu")
         # Offsets as of a trained model; at its start, all queries look at the same ones.
         nn.init.normal_(self.attention.offsets.weight, std=OFFSET / DIM**0.5)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,10 +120,6 @@ def ceilings(device: torch.device) -> Ceilings:
         bandwidth=copied / best(lambda: target.copy_(source)),
         operations=2 * size**3 / best(lambda: torch.mm(factor, factor, out=product)),
     )
-
-
-def median(times: Sequence[float]) -> float:
-    return statistics.median(times)
 
 
 def extra_memory_cuda(call: Call) -> int:

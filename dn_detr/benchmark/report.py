@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dn_detr.benchmark.implementations import GRID_SAMPLE
-from dn_detr.benchmark.measuring import Ceilings, median
+from dn_detr.benchmark.measuring import Ceilings
 
 HEADER = (
     *("case", "batch", "dtype", "pass", "implementation", "ms", "times faster"),
@@ -49,7 +50,7 @@ class Row:
 
     @property
     def time(self) -> float:
-        return median(self.seconds)
+        return statistics.median(self.seconds)
 
 
 def table(rows: Sequence[Row], ceilings: Ceilings, baseline: str = GRID_SAMPLE) -> str:

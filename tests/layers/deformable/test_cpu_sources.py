@@ -41,5 +41,5 @@ def test_code_for_one_instruction_set_is_not_shared(source, tmp_path):
     symbols = [line.split(maxsplit=2)[-2:] for line in listed.stdout.splitlines()]
     defined = {name for kind, name in symbols if kind in {"T", "W", "V", "u"}}
     assert {name for name in defined if not name.startswith("DW.ref")} == {
-        f"dn_detr::cpu::{source.stem.removeprefix('kernels_')}_kernels()"
+        f"dn_detr::cpu::{source.stem.removeprefix('kernels_')}::kernels()"
     }

@@ -35,9 +35,17 @@ struct Kernels {
   void (*backward)(const Call&, const Slice&);
 };
 
-// Null where the compiler or the architecture does not have the instructions.
-const Kernels* generic_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
+// Of each instruction set; null where the CPU that this runs on does not have it.
+namespace generic {
+const Kernels* kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels* kernels();
+}
+namespace avx512 {
+const Kernels* kernels();
+}
+#endif
 
 }  // namespace dn_detr::cpu

@@ -1,4 +1,4 @@
-// The kernels for x86 CPUs with AVX512.
+// The kernels for x86 CPUs with AVX-512.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -18,30 +18,12 @@
 
 #define DN_DETR_INSTRUCTIONS avx512
 #define DN_DETR_VECTOR_BYTES 64
+#define DN_DETR_SUPPORTED                                                   \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 #include "kernels_impl.h"
-
-namespace dn_detr::cpu {
-
-const Kernels* avx512_kernels() {
-  static const Kernels kernels = {"avx512", DN_DETR_VECTOR_BYTES / 4, avx512::forward_of_any_type,
-                                  avx512::backward_of_any_type};
-  const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return supported ? &kernels : nullptr;
-}
-
-}  // namespace dn_detr::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-
-#else
-
-namespace dn_detr::cpu {
-
-const Kernels* avx512_kernels() { return nullptr; }
-
-}  // namespace dn_detr::cpu
-
 #endif

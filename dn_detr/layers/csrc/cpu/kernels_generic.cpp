@@ -7,14 +7,5 @@
 
 #define DN_DETR_INSTRUCTIONS generic
 #define DN_DETR_VECTOR_BYTES 16
+#define DN_DETR_SUPPORTED true
 #include "kernels_impl.h"
-
-namespace dn_detr::cpu {
-
-const Kernels* generic_kernels() {
-  static const Kernels kernels = {"generic", DN_DETR_VECTOR_BYTES / 4, generic::forward_of_any_type,
-                                  generic::backward_of_any_type};
-  return &kernels;
-}
-
-}  // namespace dn_detr::cpu

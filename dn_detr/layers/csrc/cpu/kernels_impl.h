@@ -1,4 +1,5 @@
-// The kernels themselves, for the instruction set that the including file has chosen.
+// The kernels themselves, for the instruction set that the including file has chosen: its name, the
+// length of its vectors, and whether the CPU that this runs on has it.
 //
 // Both passes go through the same stages for every (image, query, head):
 //   1. stage: position, bilinear shares and the four tokens of every point, vectorised over points;
@@ -7,8 +8,8 @@
 //   3. backward: gradients of location and weight from those products, over points again.
 // A result is written by one thread, in an order that does not depend on how many there are.
 
-#if !defined(DN_DETR_INSTRUCTIONS) || !defined(DN_DETR_VECTOR_BYTES)
-#error "define DN_DETR_INSTRUCTIONS and DN_DETR_VECTOR_BYTES before including this"
+#if !defined(DN_DETR_INSTRUCTIONS) || !defined(DN_DETR_VECTOR_BYTES) || !defined(DN_DETR_SUPPORTED)
+#error "define DN_DETR_INSTRUCTIONS, DN_DETR_VECTOR_BYTES and DN_DETR_SUPPORTED before this"
 #endif
 
 namespace dn_detr::cpu::DN_DETR_INSTRUCTIONS {
@@ -421,4 +422,14 @@ void backward_of_any_type(const Call& call, const Slice& slice) {
 }
 
 }  // namespace
+
+#define DN_DETR_TEXT(word) #word
+#define DN_DETR_NAME(macro) DN_DETR_TEXT(macro)
+
+const Kernels* kernels() {
+  static const Kernels kernels = {DN_DETR_NAME(DN_DETR_INSTRUCTIONS), DN_DETR_VECTOR_BYTES / 4,
+                                  forward_of_any_type, backward_of_any_type};
+  return DN_DETR_SUPPORTED ? &kernels : nullptr;
+}
+
 }  // namespace dn_detr::cpu::DN_DETR_INSTRUCTIONS

@@ -22,7 +22,11 @@ namespace {
 const std::vector<const Kernels*>& available() {
   static const std::vector<const Kernels*> sets = [] {
     std::vector<const Kernels*> found;
-    for (const Kernels* set : {avx512_kernels(), avx2_kernels(), generic_kernels()}) {
+    for (const Kernels* set : {
+#if defined(__x86_64__)
+             avx512::kernels(), avx2::kernels(),
+#endif
+             generic::kernels()}) {
       if (set != nullptr) found.push_back(set);
     }
     return found;
