@@ -40,11 +40,14 @@ class Queries:
         anchors: [B, Q, 4] cxcywh in 0..1 of the unpadded image.
         attention_mask: bool, [Q, Q] or [B, Q, Q], True where a query (row) must not see a key;
             None: all see all.
+        proposals: what the encoder predicts (two-stage models), for its losses: the `encoder` of
+            `Predictions`.
     """
 
     content: Tensor
     anchors: Tensor
     attention_mask: Tensor | None = None
+    proposals: "Predictions | None" = None
 
     @property
     def allowed(self) -> Tensor | None:
@@ -59,7 +62,10 @@ class Predictions:
     Attributes:
         logits: [L, B, Q, C], before the sigmoid.
         boxes: [L, B, Q, 4] cxcywh in 0..1 of the unpadded image.
+        encoder: predictions of K encoder tokens (two-stage models), [1, B, K, ..]: of the selected
+            ones (DINO) or of all. One logit is objectness: for it every object is of class 0.
     """
 
     logits: Tensor
     boxes: Tensor
+    encoder: "Predictions | None" = None
