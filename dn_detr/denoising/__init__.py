@@ -1,12 +1,13 @@
-"""Denoising training (DN-DETR, CVPR 2022) in plain PyTorch, for any set-prediction detector.
+"""Denoising training (DN-DETR, CVPR 2022; contrastive: DINO, ICLR 2023) in plain PyTorch.
 
-`DenoisingGenerator` turns `Targets` into `NoisedTargets`, which hold the queries, the attention
-mask, the split of the outputs and the assignment. Start reading at `generator`.
+For any set-prediction detector. `DenoisingGenerator` turns `Targets` into `NoisedTargets`, which
+hold the queries, the attention mask, the split of the outputs and the assignment. Start reading at
+`generator`.
 """
 
 from dn_detr.denoising.generator import DenoisingGenerator
 from dn_detr.denoising.mask import SHARED, group_attention_mask
-from dn_detr.denoising.noise import noise_boxes, noise_labels
+from dn_detr.denoising.noise import noise_boxes, noise_corners, noise_labels
 from dn_detr.denoising.noised_targets import FlatTargets, NoisedTargets
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "SHARED",
     "group_attention_mask",
     "noise_boxes",
+    "noise_corners",
     "noise_labels",
 ]

@@ -7,15 +7,7 @@ import torch
 
 from dn_detr.denoising import DenoisingGenerator
 from dn_detr.layers import Targets
-
-COUNTS = [(3, 5), (0, 4), (1, 0, 7), (2,), (0, 0)]
-
-
-def make_targets(counts, num_classes=9, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    labels = [torch.randint(0, num_classes, (n,), generator=g) for n in counts]
-    boxes = [0.3 + 0.4 * torch.rand(n, 4, generator=g) for n in counts]
-    return Targets.pad(labels, boxes), labels, boxes
+from tests.denoising.targets import COUNTS, make_targets
 
 
 def silent(**kwargs):
@@ -103,14 +95,11 @@ def test_copies_are_noised_independently():
     assert (boxes[:, 0] != boxes[:, 1]).all()
 
 
-@pytest.mark.parametrize("most, groups", [(1, 100), (7, 14), (60, 1), (100, 1), (500, 1), (0, 100)])
-def test_a_budget_bounds_the_groups(most, groups):
-    targets, *_ = make_targets((most, 0))
-    noised = DenoisingGenerator(9, budget=100)(targets)
-    assert noised.groups == groups and len(noised) == groups * most
-
-
-def test_many_more_targets_cost_no_more_operations():
+@pytest.mark.parametrize(
+    "kwargs",
+    [dict(), dict(contrastive=True, unknown_negatives=True), dict(contrastive=True, budget=4)],
+)
+def test_many_more_targets_cost_no_more_operations(kwargs):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):
@@ -128,14 +117,14 @@ def test_many_more_targets_cost_no_more_operations():
             return function(*args, **(kwargs or {}))
 
     calls = []
-    for counts in ((2, 3), (90, 150, 7, 0)):
+    for counts in ((5, 7), (90, 150, 7, 0)):
         targets, *_ = make_targets(counts)
         Counter.calls = 0
         with Counter():
-            noised = DenoisingGenerator(9, groups=5)(targets)
-            noised.attention_mask(300), noised.assignment()
+            noised = DenoisingGenerator(9, groups=5, **kwargs)(targets)
+            noised.attention_mask(300), noised.assignment(), noised.classified
         calls.append(Counter.calls)
-    assert calls[0] == calls[1] < 70
+    assert calls[0] == calls[1] < 90
 
 
 @pytest.mark.parametrize(
@@ -145,6 +134,8 @@ def test_many_more_targets_cost_no_more_operations():
         (dict(label_noise=1.5), r"label_noise must be in 0..1, got 1.5"),
         (dict(size_noise=-0.1), r"size_noise must be in 0..1, got -0.1"),
         (dict(budget=0), "budget must be in 1..inf, got 0"),
+        (dict(corner_noise=-1.0), "corner_noise must be in 0..inf, got -1.0"),
+        (dict(groups=None), r"set groups \(5 in DN-DETR\), budget \(100 in DINO\) or both"),
         (dict(label_choices=[3, 9]), r"label_choices must be in 0..8, got \[3, 9\]"),
     ],
 )
