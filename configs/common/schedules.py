@@ -27,4 +27,6 @@ def warmup_cosine(warmup_length=0.05, end_value=0.01):
 
 lr_multiplier_50ep = multistep(50, drop=40)  # DN-DETR, DAB-DETR: README and scripts
 lr_multiplier_12ep = multistep(12, drop=11)  # DN-DETR paper, section 5.1 (1x setting)
+lr_multiplier_24ep = multistep(24, drop=20)  # DINO paper, section 4.1
+lr_multiplier_36ep = multistep(36, drop=30)  # DINO paper, section 4.1
 lr_multiplier_warmup_cosine = warmup_cosine()

@@ -4,7 +4,11 @@ Plain PyTorch.
 """
 
 from dn_detr.layers.assignment import Assignment
-from dn_detr.layers.attention import ConditionalCrossAttention, ConditionalSelfAttention
+from dn_detr.layers.attention import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    SelfAttention,
+)
 from dn_detr.layers.boxes import generalized_box_iou, inverse_sigmoid
 from dn_detr.layers.deformable import (
     MultiScaleDeformableAttention,
@@ -22,6 +26,7 @@ __all__ = [
     "FeedForward",
     "MLP",
     "MultiScaleDeformableAttention",
+    "SelfAttention",
     "SinePositionEncoding",
     "Targets",
     "encode_anchors",

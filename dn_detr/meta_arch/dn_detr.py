@@ -1,6 +1,7 @@
 """The detectron2 face of the detectors: list[dict] in, losses or Instances out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,19 +28,19 @@ class DNDETR(nn.Module):
     """DETR-like detector with 4-D anchors, and denoising training where it is asked for.
 
     1. Backbone, neck and encoder turn images into tokens.
-    2. The query source gives anchors and contents; in training, noised ground truth goes in front
-       of them.
+    2. The query source gives anchors and contents, learned or proposed by the encoder; in
+       training, noised ground truth goes in front of them.
     3. The decoder refines the anchors, the heads read classes and boxes off every layer.
     4. In training, the denoising part is split off again and both parts meet the one criterion.
 
-    Which model of the family it is (DAB-DETR, DN-DETR, ...) is decided by its parts, see
-    ``projects/*/configs``.
+    Which model of the family it is (DAB-DETR, DN-DETR, DN-Deformable-DETR, DINO, ...) is decided by
+    its parts, see ``projects/*/configs``.
 
     Args:
         backbone: detectron2 backbone.
         neck: (features, padding mask, padded) -> tokens.
         encoder: tokens -> tokens.
-        queries: (batch size, noised targets or None) -> queries.
+        queries: (tokens, noised targets or None) -> queries.
         decoder: (queries, tokens, refine) -> states and anchors of all layers.
         heads: (states, anchors) -> predictions, with a method `refine` for the decoder.
         criterion: losses of both parts.
@@ -50,6 +51,9 @@ class DNDETR(nn.Module):
         input_format: channel order of the input, "RGB" or "BGR"; for tools, the model itself does
             not change it.
         detections_per_image: the best pairs of query and class that are kept (published: 300).
+        detect_one_by_one: in evaluation every image goes through the network alone, whatever the
+            batch. Otherwise images of a batch are padded to a common size, and what padding
+            changes at its border (convolutions see it) moves the detections of the smaller ones.
     """
 
     @configurable
@@ -69,6 +73,7 @@ class DNDETR(nn.Module):
         pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375),
         input_format: str = "RGB",
         detections_per_image: int = 300,
+        detect_one_by_one: bool = True,
     ):
         super().__init__()
         self.backbone = backbone
@@ -82,6 +87,7 @@ class DNDETR(nn.Module):
         self.num_classes = num_classes
         self.input_format = input_format
         self.detections_per_image = detections_per_image
+        self.detect_one_by_one = detect_one_by_one
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(list(value)).view(3, 1, 1), persistent=False)
 
@@ -109,16 +115,21 @@ class DNDETR(nn.Module):
         """
         if self.training:
             return self.losses(batched_inputs)
+        if self.detect_one_by_one:
+            return [output for x in batched_inputs for output in self.detect([x])]
+        return self.detect(batched_inputs)
+
+    def detect(self, batched_inputs: list[dict]) -> list[dict]:
+        """Detections of the images as one batch, see `forward`."""
         predictions, images = self.predict(batched_inputs)
+        found = self.detections(predictions, images.image_sizes)
+        sizes = [
+            (x.get("height", size[0]), x.get("width", size[1]))
+            for x, size in zip(batched_inputs, images.image_sizes)
+        ]
         return [
-            {
-                "instances": detector_postprocess(
-                    instances, x.get("height", size[0]), x.get("width", size[1])
-                )
-            }
-            for x, size, instances in zip(
-                batched_inputs, images.image_sizes, self.detections(predictions, images.image_sizes)
-            )
+            {"instances": detector_postprocess(instances, *size)}
+            for instances, size in zip(found, sizes)
         ]
 
     def losses(
@@ -147,9 +158,9 @@ class DNDETR(nn.Module):
         padded = any(size != (height, width) for size in images.image_sizes)
         features = self.backbone(images.tensor)
         tokens = self.encoder(self.neck(features, padding_mask(images), padded))
-        queries = self.queries(len(images), noised)
+        queries = self.queries(tokens, noised)
         states, anchors = self.decoder(queries, tokens, self.heads.refine)
-        return self.heads(states, anchors), images
+        return replace(self.heads(states, anchors), encoder=queries.proposals), images
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, then pad at the right and the bottom: with the mean colour, therefore."""
@@ -223,8 +234,8 @@ def padding_mask(images: ImageList) -> Tensor:
 def split_predictions(
     predictions: Predictions, noised: NoisedTargets
 ) -> tuple[Predictions, Predictions]:
-    """(denoising part, matching part)"""
+    """(denoising part, matching part with what the encoder predicts)"""
     (dn_logits, logits), (dn_boxes, boxes) = (
         noised.split(x, dim=2) for x in (predictions.logits, predictions.boxes)
     )
-    return Predictions(dn_logits, dn_boxes), Predictions(logits, boxes)
+    return Predictions(dn_logits, dn_boxes), replace(predictions, logits=logits, boxes=boxes)

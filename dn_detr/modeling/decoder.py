@@ -1,114 +1,125 @@
-"""DAB-DETR's decoder (Liu et al., ICLR 2022, sec. 4), on which DN-DETR is built."""
+"""What all decoders share: anchors that are refined from layer to layer (DAB-DETR, ICLR 2022)."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dn_detr.layers import (
-    MLP,
-    ConditionalCrossAttention,
-    ConditionalSelfAttention,
-    FeedForward,
-    encode_anchors,
-)
-from dn_detr.modeling.initialization import xavier_uniform
+from dn_detr.layers import MLP, FeedForward, checkpointing, encode_anchors
 from dn_detr.modeling.structures import Queries, Tokens
 
 
-class DABDecoderLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward block, a LayerNorm behind each residual."""
-
-    def __init__(
-        self, embed_dim: int, num_heads: int, feedforward_dim: int, activation: str, is_first: bool
-    ):
-        super().__init__()
-        self.self_attn = ConditionalSelfAttention(embed_dim, num_heads)
-        self.norm1 = nn.LayerNorm(embed_dim)
-        self.cross_attn = ConditionalCrossAttention(embed_dim, num_heads, add_position=is_first)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.ffn = FeedForward(embed_dim, feedforward_dim, activation)
-        self.norm3 = nn.LayerNorm(embed_dim)
-
-    def forward(
-        self,
-        content: Tensor,
-        position: Tensor,
-        sine: Tensor,
-        memory: Tokens,
-        allowed: Tensor | None,
-    ) -> Tensor:
-        """content, position, sine [B, Q, D]; allowed [.., 1, Q, Q] -> [B, Q, D]
-
-        `allowed` is True where a query (row) sees another.
-        """
-        content = self.norm1(content + self.self_attn(content, position, allowed))
-        attended = self.cross_attn(
-            content, position, sine, memory.features, memory.position, memory.allowed
-        )
-        content = self.norm2(content + attended)
-        return self.norm3(content + self.ffn(content))
-
-
-class DABDecoder(nn.Module):
-    """Decoder that refines anchors from layer to layer.
-
-    In every layer:
-
-    1. The anchor's sine code becomes the position embedding of the self-attention, by a perceptron.
-    2. The code of its centre, scaled by a perceptron of the content (not in the first layer), is
-       the position part of the cross-attention's query; its x half is stretched by a width that the
-       content asks for over the anchor's width, its y half likewise by height ("width &
-       height-modulated attention").
-    3. The box head, on the layer's output, moves the anchor; the next layer gets it detached.
-
-    Perceptrons and the final LayerNorm are shared by all layers.
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward block, a LayerNorm behind each residual.
 
     Args:
-        embed_dim: D, a multiple of 4 and of `num_heads`.
-        num_heads: attention heads.
-        feedforward_dim: hidden width of the feed-forward blocks.
-        num_layers: L.
-        activation: "prelu" (published), "relu" or "gelu".
-        anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published:
-            10000 and 2 pi).
-        aligned_positions: start with cross-attention that looks at the anchor, by this gain (see
-            `ConditionalCrossAttention.align_positions`), and with position scales of 1. For short
-            training; 0 is the published start, Xavier.
+        self_attn: (content, position, allowed) -> [B, Q, D].
+        cross_attn: the cross-attention, used by `attend`.
+        embed_dim: D.
+        feedforward_dim: hidden width of the feed-forward block.
+        activation: "prelu", "relu" or "gelu".
     """
 
     def __init__(
         self,
-        embed_dim: int = 256,
-        num_heads: int = 8,
-        feedforward_dim: int = 2048,
-        num_layers: int = 6,
-        activation: str = "prelu",
+        self_attn: nn.Module,
+        cross_attn: nn.Module,
+        embed_dim: int,
+        feedforward_dim: int,
+        activation: str,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.cross_attn = cross_attn
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, feedforward_dim, activation)
+        self.norm3 = nn.LayerNorm(embed_dim)
+
+    def attend(self, content: Tensor, position: Tensor, *context: Any) -> Tensor:
+        """Cross-attention: content, position [B, Q, D] -> [B, Q, D]"""
+        raise NotImplementedError
+
+    def forward(
+        self, content: Tensor, position: Tensor, allowed: Tensor | None, *context: Any
+    ) -> Tensor:
+        """
+        Args:
+            content, position: [B, Q, D].
+            allowed: bool [.., 1, Q, Q], True where a query (row) sees another; None: all see all.
+            context: what `attend` needs beside content and position.
+
+        Returns:
+            [B, Q, D]
+        """
+        content = self.norm1(content + self.self_attn(content, position, allowed))
+        content = self.norm2(content + self.attend(content, position, *context))
+        return self.norm3(content + self.ffn(content))
+
+
+class AnchorDecoder(nn.Module):
+    """The loop over layers.
+
+    In every layer:
+
+    1. The anchors' sine code becomes the position embedding of the queries, by a perceptron that
+       all layers share; `guide` adds what else leads the layer.
+    2. The layer updates the content.
+    3. The box head, on the layer's output, moves the anchors; the next layer gets them detached.
+
+    Subclasses make `layers` and say how they are led.
+
+    Args:
+        embed_dim: D, a multiple of 4.
+        anchor_temperature, anchor_scale: of the anchors' sine code, see `sine_encode` (published:
+            10000 and 2 pi).
+        final_norm: a LayerNorm, one for all layers, in front of the class and box heads; refinement
+            is in front of it.
+        look_forward_twice: the anchors that the heads start from carry the gradient of one
+            refinement, so that the loss of layer i also trains the refinement of layer i - 1 (DAB-
+            DETR's published code; named and studied in DINO, Zhang et al., ICLR 2023, sec. 3.5).
+        activation_checkpointing: less memory for more time, see `layers.checkpointing`.
+    """
+
+    layers: nn.ModuleList
+
+    def __init__(
+        self,
+        embed_dim: int,
+        final_norm: bool,
+        look_forward_twice: bool,
         anchor_temperature: float = 10000,
         anchor_scale: float = 2 * math.pi,
-        aligned_positions: float = 0.0,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.embed_dim = embed_dim
         self.anchor_temperature = anchor_temperature
         self.anchor_scale = anchor_scale
-        self.layers = nn.ModuleList(
-            DABDecoderLayer(embed_dim, num_heads, feedforward_dim, activation, is_first=i == 0)
-            for i in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(embed_dim)
-        # The first layer does not scale, and unused parameters stop DistributedDataParallel.
-        self.position_scale = MLP(embed_dim, embed_dim, embed_dim, 2) if num_layers > 1 else None
+        self.look_forward_twice = look_forward_twice
+        self.activation_checkpointing = activation_checkpointing
+        self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.anchor_position = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
-        self.size_scale = MLP(embed_dim, embed_dim, 2, 2)
-        xavier_uniform(self)
-        if aligned_positions:
-            for layer in self.layers:
-                layer.cross_attn.align_positions(gain=aligned_positions)
-            if self.position_scale is not None:
-                nn.init.zeros_(self.position_scale.layers[-1].weight)
-                nn.init.ones_(self.position_scale.layers[-1].bias)
+
+    def encode(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Step 1: anchors [B, Q, 4] -> their sine code [B, Q, 2 D] and position [B, Q, D].
+
+        Anchors and codes may be wider than the weights; autocast leaves all of them wide.
+        """
+        code = encode_anchors(
+            anchors, self.embed_dim // 2, self.anchor_temperature, self.anchor_scale
+        )
+        return code, self.anchor_position(code.to(self.anchor_position.layers[0].weight.dtype))
+
+    def prepare(self, memory: Tokens) -> Any:
+        """What `guide` needs of the memory, made once for all layers."""
+        raise NotImplementedError
+
+    def guide(self, index: int, content: Tensor, anchors: Tensor, prepared: Any) -> tuple:
+        """Position [B, Q, D] and context of layer `index`; anchors [B, Q, 4]."""
+        raise NotImplementedError
 
     def forward(
         self, queries: Queries, memory: Tokens, refine: Callable[[int, Tensor, Tensor], Tensor]
@@ -121,36 +132,25 @@ class DABDecoder(nn.Module):
                 Q, 4].
 
         Returns:
-            states [L, B, Q, D] behind the final norm, and anchors [L, B, Q, 4] that each layer
-            started from. The anchors carry gradient: the loss of layer i also trains the refinement
-            of layer i - 1.
+            states [L, B, Q, D] for the heads, and anchors [L, B, Q, 4] that each layer started
+            from.
         """
-        content = queries.content
-        all_states, all_anchors = [], [queries.anchors]
-        # Anchors and their codes may be wider than the weights; autocast leaves all of them wide.
-        dtype = self.norm.weight.dtype
-        for i, layer in enumerate(self.layers):
-            anchors = all_anchors[-1] if i == 0 else all_anchors[-1].detach()
-            code = encode_anchors(
-                anchors, self.embed_dim // 2, self.anchor_temperature, self.anchor_scale
+        content, anchors = queries.content, queries.anchors
+        prepared = self.prepare(memory)
+        all_states, all_anchors = [], [anchors]
+        for index, layer in enumerate(self.layers):
+            position, *context = self.guide(index, content, anchors, prepared)
+            content = checkpointing.run(
+                layer,
+                content,
+                position,
+                queries.allowed,
+                *context,
+                checkpointed=self.activation_checkpointing,
             )
-            sine = self._modulate(code[..., : self.embed_dim], content, anchors, is_first=i == 0)
-            position = self.anchor_position(code.to(dtype))
-            content = layer(content, position, sine.to(dtype), memory, queries.allowed)
             all_states.append(self.norm(content))
-            if i + 1 < len(self.layers):
-                all_anchors.append(refine(i, content, anchors))
+            if index + 1 < len(self.layers):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.look_forward_twice):
+                    all_anchors.append(refine(index, content, anchors))
+                anchors = all_anchors[-1].detach()
         return torch.stack(all_states), torch.stack(all_anchors)
-
-    def _modulate(self, code: Tensor, content: Tensor, anchors: Tensor, is_first: bool) -> Tensor:
-        """Step 2: code of the centres, the first half for y -> query part of cross-attention.
-
-        Both are [B, Q, D].
-        """
-        if not is_first:
-            code = code * self.position_scale(content)
-        # In float32 or wider: the quotient overflows in half precision for tiny anchors.
-        size = self.size_scale(content).sigmoid().to(anchors.dtype) / anchors[..., 2:]
-        width, height = size.split(1, dim=-1)
-        y, x = code.chunk(2, dim=-1)
-        return torch.cat([y * height, x * width], dim=-1)

@@ -13,6 +13,22 @@ PRIOR = 0.01
 """Initial probability of every class (focal loss: Lin et al., ICCV 2017, sec. 4.1)."""
 
 
+def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
+    """Linear layer whose classes are improbable at the start (`PRIOR`)."""
+    head = nn.Linear(embed_dim, num_classes)
+    nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
+    return head
+
+
+def box_head(embed_dim: int, zero: bool = True) -> MLP:
+    """Perceptron of three layers, the last one zero at the start unless `zero` is False."""
+    head = MLP(embed_dim, embed_dim, 4, 3)
+    if zero:
+        nn.init.zeros_(head.layers[-1].weight)
+        nn.init.zeros_(head.layers[-1].bias)
+    return head
+
+
 class DetectionHeads(nn.Module):
     """A linear class head and a three-layer box head.
 
@@ -21,21 +37,31 @@ class DetectionHeads(nn.Module):
     Args:
         embed_dim: D.
         num_classes: C. There is no background row.
-        num_layers: None: one of each for all decoder layers (DAB-DETR, DN-DETR); a number: one of
-            each for every layer, equal at the start (the deformable models).
+        num_layers: None: one of each for all decoder layers (DAB-DETR, DN-DETR, DINO); a number:
+            one of each for every layer, equal at the start (DAB- and DN-Deformable-DETR).
+        zero_boxes: False leaves the box head at PyTorch's start (the published encoder-only model,
+            by an oversight it seems).
+        size_bias: of the first box head at the start, in logits of width and height; Deformable
+            DETR and its descendants start with small boxes, -2. With `num_layers` only.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int, num_layers: int | None = None):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        num_layers: int | None = None,
+        zero_boxes: bool = True,
+        size_bias: float = 0.0,
+    ):
         super().__init__()
-        class_embed = nn.Linear(embed_dim, num_classes)
-        bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
-        nn.init.constant_(class_embed.bias, -math.log((1 - PRIOR) / PRIOR))
-        nn.init.zeros_(bbox_embed.layers[-1].weight)
-        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        class_embed = class_head(embed_dim, num_classes)
+        bbox_embed = box_head(embed_dim, zero_boxes)
         self.shared = num_layers is None
         if not self.shared:
             class_embed = nn.ModuleList(deepcopy(class_embed) for _ in range(num_layers))
             bbox_embed = nn.ModuleList(deepcopy(bbox_embed) for _ in range(num_layers))
+            if size_bias:
+                nn.init.constant_(bbox_embed[0].layers[-1].bias[2:], size_bias)
         self.class_embed = class_embed
         self.bbox_embed = bbox_embed
 

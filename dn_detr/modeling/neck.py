@@ -1,7 +1,9 @@
 """Necks: feature maps of a backbone -> tokens of a transformer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -34,14 +36,89 @@ class SingleLevelNeck(nn.Module):
             padded: whether any image is padded, as the host knows.
         """
         feature = self.projection(features[self.in_feature])
-        shape = tuple(feature.shape[-2:])
-        # Nearest, as published; a cell counts as image where its first pixel does.
-        mask = interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5
-        position = self.position_encoding(mask).flatten(1, 2)
-        return Tokens(
-            features=feature.flatten(2).transpose(1, 2),
-            # As the weights, not as the feature: autocast must not make it narrower.
-            position=position.to(self.projection.weight.dtype),
-            padding_mask=mask.flatten(1) if padded else None,
-            shapes=(shape,),
+        tokens = flatten_levels([feature], padding_mask, padded, self.position_encoding)
+        # As the weights, not as the feature: autocast must not make it narrower.
+        return replace(tokens, position=tokens.position.to(self.projection.weight.dtype))
+
+
+class MultiLevelNeck(nn.Module):
+    """Several feature maps, each projected with a group norm, and coarser ones made of the last.
+
+    Deformable DETR (Zhu et al., ICLR 2021, appendix A.4): a 1x1 convolution for every feature map,
+    then 3x3 convolutions of stride 2, the first one of the last feature map as it comes from the
+    backbone. A learned vector for each level is added to its position codes.
+
+    Args:
+        in_features: channels of every feature map to take, by its name, finest first.
+        embed_dim: D, a multiple of `norm_groups`.
+        num_levels: number of levels in all, at least as many as feature maps.
+        position_encoding: module, padding mask [B, h, w] -> code [B, h, w, D].
+        norm_groups: groups of the norms.
+        xavier: start the convolutions by Xavier, with zero biases (published, but for the
+            encoder-only model, which has PyTorch's own start).
+
+    Raises:
+        ValueError: fewer levels than feature maps.
+    """
+
+    def __init__(
+        self,
+        in_features: Mapping[str, int],
+        embed_dim: int,
+        num_levels: int,
+        position_encoding: nn.Module,
+        norm_groups: int = 32,
+        xavier: bool = True,
+    ):
+        super().__init__()
+        if not 1 <= len(in_features) <= num_levels:
+            raise ValueError(
+                f"neck: num_levels must be at least the number of in_features, {len(in_features)}, "
+                f"and that at least 1; got num_levels={num_levels}"
+            )
+        self.in_features = tuple(in_features)
+        convolutions = [nn.Conv2d(channels, embed_dim, 1) for channels in in_features.values()]
+        channels = list(in_features.values())[-1]
+        for _ in range(num_levels - len(in_features)):
+            convolutions.append(nn.Conv2d(channels, embed_dim, 3, stride=2, padding=1))
+            channels = embed_dim
+        if xavier:
+            for convolution in convolutions:
+                nn.init.xavier_uniform_(convolution.weight)
+                nn.init.zeros_(convolution.bias)
+        self.projections = nn.ModuleList(
+            nn.Sequential(convolution, nn.GroupNorm(norm_groups, embed_dim))
+            for convolution in convolutions
         )
+        self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
+        self.position_encoding = position_encoding
+
+    def forward(self, features: Mapping[str, Tensor], padding_mask: Tensor, padded: bool) -> Tokens:
+        """As `SingleLevelNeck`; the levels stand one after the other, the finest first."""
+        sources = [features[name] for name in (*self.in_features, self.in_features[-1])]
+        levels = []
+        for index, projection in enumerate(self.projections):
+            levels.append(projection(sources[index] if index < len(sources) else levels[-1]))
+        tokens = flatten_levels(levels, padding_mask, padded, self.position_encoding)
+        codes = tokens.position.to(self.level_embed.dtype).split(tokens.level_sizes, dim=1)
+        codes = [code + embed for code, embed in zip(codes, self.level_embed, strict=True)]
+        return replace(tokens, position=torch.cat(codes, dim=1))
+
+
+def flatten_levels(
+    levels: Sequence[Tensor], padding_mask: Tensor, padded: bool, position_encoding: nn.Module
+) -> Tokens:
+    """Feature maps [B, D, h, w] as one sequence of tokens; see the necks for the other arguments.
+
+    The position codes are in float32.
+    """
+    shapes = tuple(tuple(level.shape[-2:]) for level in levels)
+    # Nearest, as published; a cell counts as image where its first pixel does.
+    image_mask = padding_mask[:, None].float()
+    masks = [interpolate(image_mask, size=shape)[:, 0] > 0.5 for shape in shapes]
+    return Tokens(
+        features=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
+        position=torch.cat([position_encoding(mask).flatten(1, 2) for mask in masks], dim=1),
+        padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None,
+        shapes=shapes,
+    )

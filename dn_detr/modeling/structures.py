@@ -5,6 +5,7 @@ Shape letters: B images, S tokens, Q queries, L decoder layers, D channels, C cl
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,44 @@ class Tokens:
     def allowed(self) -> Tensor | None:
         """[B, 1, 1, S] bool, True on image, for attention; None without padding."""
         return None if self.padding_mask is None else ~self.padding_mask[:, None, None]
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Number of tokens of every level, S in all."""
+        return [height * width for height, width in self.shapes]
+
+    @property
+    def valid_ratios(self) -> Tensor | None:
+        """[B, levels, 2] share of each level's width and height that is image, float32.
+
+        None without padding, where all are 1.
+        """
+        if self.padding_mask is None:
+            return None
+        levels = zip((~self.padding_mask).split(self.level_sizes, dim=1), self.shapes)
+        maps = [valid.unflatten(1, shape) for valid, shape in levels]
+        # Padding is at the right and the bottom: the first row and column tell.
+        sides = [(valid[:, 0].sum(1), valid[:, :, 0].sum(1)) for valid in maps]
+        return torch.stack(
+            [torch.stack([w / x.shape[2], h / x.shape[1]], -1) for (w, h), x in zip(sides, maps)], 1
+        )
+
+    @property
+    def centers(self) -> Tensor:
+        """[B, S, 2] centre (x, y) of every token in 0..1 of the *unpadded* image, float32.
+
+        Beyond 1 on padding.
+        """
+        levels, device = [], self.features.device
+        for height, width in self.shapes:
+            y = (torch.arange(height, device=device) + 0.5) / height
+            x = (torch.arange(width, device=device) + 0.5) / width
+            grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+            levels.append(grid.flatten(0, 1).expand(len(self.features), -1, -1))
+        ratios = self.valid_ratios
+        if ratios is not None:
+            levels = [level / ratio for level, ratio in zip(levels, ratios.split(1, dim=1))]
+        return torch.cat(levels, dim=1)
 
 
 @dataclass(frozen=True)

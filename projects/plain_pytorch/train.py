@@ -97,7 +97,7 @@ class Detector(nn.Module):
         #     becomes the content, the box becomes the anchor.
         # [3] With them goes a mask: a matching query that saw them would read the answer there,
         #     and so would one noised copy in another. The decoder just applies it in every layer.
-        queries = self.queries(len(images), noised)
+        queries = self.queries(tokens, noised)
         states, anchors = self.decoder(queries, tokens, self.heads.refine)
         return self.heads(states, anchors)
 

@@ -3,60 +3,37 @@
 import pytest
 import torch
 
-from dn_detr.denoising import DenoisingGenerator
-from dn_detr.layers import SinePositionEncoding, Targets, inverse_sigmoid
-from dn_detr.modeling import AnchorQueries, DABDecoder, DABEncoder, DetectionHeads, SingleLevelNeck
+from dn_detr.modeling import DABDecoder, DABEncoder, DeformableDecoder, DetectionHeads, Tokens
+from tests.modeling.families import (
+    DEFORMABLE,
+    FAMILIES,
+    QUERIES,
+    SMALL,
+    C,
+    D,
+    Transformer,
+    make_inputs,
+    make_noised,
+    make_tokens,
+)
 
-D, C, QUERIES = 16, 5, 6
-
-
-class Transformer(torch.nn.Module):
-    """Everything between the features and the predictions."""
-
-    def __init__(self, **queries):
-        super().__init__()
-        torch.manual_seed(0)
-        self.neck = SingleLevelNeck("res5", 7, D, SinePositionEncoding(D))
-        self.encoder = DABEncoder(D, num_heads=4, feedforward_dim=32, num_layers=2)
-        self.queries = AnchorQueries(QUERIES, D, C, **queries)
-        self.decoder = DABDecoder(D, num_heads=4, feedforward_dim=32, num_layers=3)
-        self.heads = DetectionHeads(D, C)
-        # Published initialisation gives equal boxes in all layers, which would hide errors.
-        for parameter in self.heads.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-
-    def forward(self, feature, mask, noised=None):
-        tokens = self.encoder(self.neck({"res5": feature}, mask, padded=bool(mask.any())))
-        queries = self.queries(len(feature), noised)
-        return self.heads(*self.decoder(queries, tokens, self.heads.refine))
+by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_inputs(batch=2, height=6, width=8):
-    g = torch.Generator().manual_seed(1)
-    feature = torch.randn(batch, 7, height, width, generator=g)
-    return feature, torch.zeros(batch, height * 4, width * 4, dtype=torch.bool)
-
-
-def make_noised(counts=(2, 3), seed=0, **kwargs):
-    torch.manual_seed(seed)
-    labels = [torch.randint(0, C, (n,)) for n in counts]
-    return DenoisingGenerator(C, groups=2, **kwargs)(
-        Targets.pad(labels, [torch.rand(n, 4) * 0.5 + 0.2 for n in counts])
-    )
-
-
+@by_family
 @pytest.mark.parametrize("mask_unused", [True, False])
 @pytest.mark.parametrize("counts", [(2, 3), (0, 3), (0, 0)])
-def test_matching_part_never_sees_the_denoising_part(mask_unused, counts):
-    model, inputs = Transformer().eval(), make_inputs()
+def test_matching_part_never_sees_the_denoising_part(family, mask_unused, counts):
+    model, inputs = Transformer(family).eval(), make_inputs()
     noised = make_noised(counts, mask_unused=mask_unused)
     alone, together = model(*inputs), model(*inputs, noised)
     for a, b in ((alone.logits, together.logits), (alone.boxes, together.boxes)):
         torch.testing.assert_close(a, noised.split(b, dim=2)[1], rtol=1e-5, atol=1e-5)
 
 
-def test_groups_do_not_see_each_other():
-    model, inputs, noised = Transformer().eval(), make_inputs(), make_noised()
+@by_family
+def test_groups_do_not_see_each_other(family):
+    model, inputs, noised = Transformer(family).eval(), make_inputs(), make_noised()
     before = model(*inputs, noised).logits
     noised.boxes[:, : noised.width] += 0.1  # the first group only
     change = (model(*inputs, noised).logits - before).abs().amax((0, 1, 3))
@@ -84,22 +61,76 @@ def test_hidden_unused_slots_make_outputs_independent_of_the_other_images():
 
 def test_padding_changes_nothing_behind_the_backbone():
     model = Transformer().eval()
-    feature, mask = make_inputs(batch=1)
-    wide = torch.nn.functional.pad(feature, (0, 3, 0, 2), value=9.0)
-    wide_mask = torch.nn.functional.pad(mask, (0, 12, 0, 8), value=True)
-    a, b = model(feature, mask), model(wide, wide_mask)
+    features, mask = make_inputs(batch=1)
+    wide = {"res5": torch.nn.functional.pad(features["res5"], (0, 3, 0, 2), value=9.0)}
+    wide_mask = torch.nn.functional.pad(mask, (0, 48, 0, 32), value=True)
+    a, b = model(features, mask), model(wide, wide_mask)
     torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(a.boxes, b.boxes, rtol=1e-4, atol=1e-4)
 
 
-def test_batched_equals_single():
-    model, (feature, mask) = Transformer().eval(), make_inputs()
-    batched = model(feature, mask)
+@pytest.mark.parametrize("family", ["levels", "deformable", "dino", "objectness"])
+def test_what_stands_on_padding_is_not_seen(family):
+    """Not even by the group norms' neighbours: tokens that are padding may hold anything."""
+    model, tokens = Transformer(family).eval(), make_tokens(((8, 12), (4, 6), (2, 3)), (4, 8))
+    expected = model.predict(model.encoder(tokens))
+    tokens.features[tokens.padding_mask] = 9.0
+    tokens.position[tokens.padding_mask] = -3.0
+    changed = model.predict(model.encoder(tokens))
+    assert tokens.padding_mask.any()
+    torch.testing.assert_close(changed.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(changed.boxes, expected.boxes, rtol=1e-5, atol=1e-5)
+
+
+def test_the_deformable_encoder_sees_an_image_alike_with_and_without_padding():
+    model = Transformer("deformable").eval()
+    shapes, valid = ((8, 12), (4, 6), (2, 3)), ((4, 8), (2, 4), (1, 2))
+    padded = make_tokens(shapes, valid[0])
+    inside = ~padded.padding_mask[1]
+    alone = Tokens(padded.features[1:, inside], padded.position[1:, inside], None, valid)
+    torch.testing.assert_close(padded.centers[1, inside], alone.centers[0])
+    a, b = model.encoder(padded).features[1, inside], model.encoder(alone).features[0]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@by_family
+def test_batched_equals_single(family):
+    model, (features, mask) = Transformer(family).eval(), make_inputs()
+    batched = model(features, mask)
     for image in range(2):
-        single = model(feature[image : image + 1], mask[:1])
+        one = {name: feature[image : image + 1] for name, feature in features.items()}
+        single = model(one, mask[:1])
         torch.testing.assert_close(
             batched.boxes[:, image], single.boxes[:, 0], rtol=1e-4, atol=1e-5
         )
+
+
+@by_family
+@pytest.mark.parametrize("padded", [False, True])
+def test_activation_checkpointing_changes_no_output_and_no_gradient(family, padded):
+    features, mask = make_inputs()
+    mask[1, 64:] = padded
+    results = []
+    for switch in (False, True):
+        model = Transformer(family, activation_checkpointing=switch).train()
+        # The parts really are run again: every layer twice.
+        calls = []
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.norm1.register_forward_hook(lambda *args: calls.append(1))
+        predictions = model(features, mask, make_noised())
+        forward_calls = len(calls)
+        (predictions.logits.square().sum() + predictions.boxes.square().sum()).backward()
+        results.append((predictions, {n: p.grad for n, p in model.named_parameters()}))
+        if family != "objectness":  # its encoder has no switch in this test
+            assert len(calls) == (2 if switch else 1) * forward_calls
+    (a, expected), (b, gradients) = results
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.boxes, b.boxes)
+    assert expected.keys() == gradients.keys()
+    for name, gradient in expected.items():
+        if gradient is not None:
+            scale = gradient.abs().max().item()  # sums in another order
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    assert sum(gradient is not None for gradient in gradients.values()) > 20
 
 
 def test_heads_of_every_layer_start_as_the_shared_one_and_then_differ():
@@ -130,8 +161,9 @@ def test_first_boxes_are_the_anchors():
     ).logits.sigmoid().mean().item() == pytest.approx(0.01, rel=0.05)
 
 
-def test_loss_of_a_layer_trains_the_refinement_of_the_one_before_and_no_earlier():
-    model = Transformer()
+@pytest.mark.parametrize("family, twice", [("dab", True), ("dino", True), ("deformable", False)])
+def test_loss_of_a_layer_trains_at_most_the_refinement_of_the_one_before(family, twice):
+    model = Transformer(family)
     states = torch.randn(3, 2, QUERIES, D, requires_grad=True)
     seen = []
 
@@ -140,79 +172,49 @@ def test_loss_of_a_layer_trains_the_refinement_of_the_one_before_and_no_earlier(
         seen.append(boxes)
         return boxes
 
-    tokens = model.neck({"res5": make_inputs()[0]}, make_inputs()[1], padded=False)
-    _, anchors = model.decoder(model.queries(2), tokens, refine)
+    tokens = model.neck(*make_inputs(), padded=False)
+    _, anchors = model.decoder(model.queries(tokens), tokens, refine)
     assert len(seen) == 2 and len(anchors) == 3
-    (gradient,) = torch.autograd.grad(anchors[2].sum(), states)
-    assert gradient[1].abs().sum() > 0 and gradient[0].abs().sum() == 0
-
-
-def test_content_and_anchors_of_the_queries():
-    source, noised = AnchorQueries(QUERIES, D, C), make_noised((1, 2))
-    queries = source(2, noised)
-    unknown = source.label_embed.weight[C]
-    dn, matching = noised.split(queries.content, dim=1)
-    torch.testing.assert_close(matching[..., :-1], unknown.expand(2, QUERIES, -1))
-    assert (matching[..., -1] == 0).all()
-    assert torch.equal(dn[..., -1], noised.valid.float())
-    torch.testing.assert_close(dn[1, 0, :-1], source.label_embed.weight[noised.labels[1, 0]])
-    assert (dn[~noised.valid] == 0).all()
-    anchors = noised.split(queries.anchors, dim=1)[0]
-    assert (anchors[~noised.valid] == 0.5).all()
-    torch.testing.assert_close(
-        anchors[noised.valid], inverse_sigmoid(noised.boxes[noised.valid]).sigmoid()
-    )
+    (gradient,) = torch.autograd.grad(anchors[2].sum() + 0 * states.sum(), states)
+    assert (gradient[1].abs().sum() > 0) == twice and gradient[0].abs().sum() == 0
 
 
 @pytest.mark.parametrize("aligned", [0.0, 2.0])
 def test_few_layers_leave_no_parameter_without_use(aligned):
     """No encoder layer, one decoder layer: else DDP stops at the second step."""
     model = Transformer()
-    model.encoder = DABEncoder(D, num_heads=4, feedforward_dim=32, num_layers=0)
-    model.decoder = DABDecoder(
-        D, num_heads=4, feedforward_dim=32, num_layers=1, aligned_positions=aligned
-    )
-    predictions = model(*make_inputs(), make_noised())
-    (predictions.logits.sum() + predictions.boxes.sum()).backward()
+    model.encoder = DABEncoder(D, **SMALL, num_layers=0)
+    model.decoder = DABDecoder(D, **SMALL, num_layers=1, aligned_positions=aligned)
+    check_use(model, make_noised())
+
+
+@by_family
+def test_no_parameter_is_without_use(family):
+    for noised in (make_noised(), make_noised((0, 0)), None):
+        check_use(Transformer(family).train(), noised)
+
+
+def test_one_deformable_layer_leaves_no_parameter_without_use():
+    model = Transformer("deformable")
+    model.decoder = DeformableDecoder(D, **DEFORMABLE, num_layers=1)
+    model.heads = DetectionHeads(D, C, num_layers=1)
+    check_use(model, None)
+
+
+def check_use(model, noised):
+    tokens = model.tokens(*make_inputs())
+    queries = model.queries(tokens, noised)
+    predictions = model.heads(*model.decoder(queries, tokens, model.heads.refine))
+    parts = [predictions] if queries.proposals is None else [predictions, queries.proposals]
+    sum(part.logits.sum() + part.boxes.sum() for part in parts).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-def test_patterns_repeat_all_anchors_pattern_by_pattern():
-    source = AnchorQueries(QUERIES, D, C, num_patterns=3)
-    queries = source(2)
-    assert queries.content.shape == (2, 18, D)
-    torch.testing.assert_close(queries.anchors[0].view(3, QUERIES, 4)[2], source.anchors.sigmoid())
-    unknown = torch.cat([source.label_embed.weight[-1], torch.zeros(1)])
-    torch.testing.assert_close(queries.content[1, 2 * QUERIES + 4], source.patterns[2] + unknown)
-
-
-def test_zero_content_has_no_label_embedding_and_refuses_denoising():
-    source = AnchorQueries(QUERIES, D, C, content="zeros")
-    assert (source(2).content == 0).all() and source.label_embed is None
-    with pytest.raises(ValueError, match="model.queries.content=unknown_label"):
-        source(2, make_noised())
-
-
-@pytest.mark.parametrize("number", [1, 9, 40, 300])
-def test_grid_anchors_are_spread_over_the_image(number):
-    boxes = AnchorQueries(number, D, C, anchor_init="grid").anchors.sigmoid()
-    assert boxes.shape == (number, 4)
-    assert boxes[:, :2].unique(dim=0).shape[0] == number
-    torch.testing.assert_close(boxes[:, 2:], torch.full((number, 2), 0.3))
-    assert (boxes[:, :2] > 0).all() and (boxes[:, :2] < 1).all()
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [(dict(content="label"), "content must be"), (dict(anchor_init="x"), "anchor_init must be")],
-)
-def test_unknown_choices_are_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        AnchorQueries(QUERIES, D, C, **kwargs)
-
-
-def test_bfloat16_autocast_is_close_to_float32():
-    model, inputs = Transformer().eval(), make_inputs()
+@by_family
+def test_bfloat16_autocast_is_close_to_float32(family):
+    model, inputs = Transformer(family).eval(), make_inputs()
+    if family in ("dino", "objectness"):  # other tokens would be other queries
+        model.queries.select = lambda scores: torch.arange(QUERIES).expand(2, -1) * 20
     with torch.autocast("cpu", torch.bfloat16):
         low = model(*inputs, make_noised())
     full = model(*inputs, make_noised())

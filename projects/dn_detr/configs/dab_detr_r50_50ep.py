@@ -7,4 +7,5 @@ from .dn_detr_r50_50ep import dataloader, dataset, lr_multiplier, model, optimiz
 
 model.denoising = None
 model.queries.content = "zeros"
+model.queries.labels = False
 train.output_dir = "./output/dab_detr_r50_50ep"
