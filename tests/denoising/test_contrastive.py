@@ -70,6 +70,16 @@ def test_kinds_are_noised_independently():
             assert (boxes[:, a] != boxes[:, b]).all()
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_inverted_negatives_have_no_size_or_are_swapped(swap):
+    torch.manual_seed(0)
+    targets, *_ = make_targets((50,))
+    noised = contrastive(swap_inverted=swap)(targets)
+    sizes = noised.boxes[..., 2:].amin(-1)
+    assert (sizes[:, noised.positive] > 0).all()
+    assert (sizes[:, ~noised.positive] > 0).all() == swap
+
+
 def test_slots_without_a_target_can_be_classified():
     targets, *_ = make_targets((2, 0, 3))
     noised = contrastive(groups=2, classify_unused=True)(targets)
