@@ -1,4 +1,6 @@
-"""Set criterion: the losses of matched queries and, by the same code, of denoising queries."""
+"""Set criterion: the losses of matched queries and, by the same code, of all other parts."""
+
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,21 +16,25 @@ NORMALIZERS = ("local", "global")
 
 
 class SetCriterion(nn.Module):
-    """Losses of all decoder layers.
+    """Losses of all decoder layers, of the denoising part and of the encoder.
 
-    1. Match the matching part to the ground truth; the denoising part knows its assignment.
-    2. For either part and every layer: sigmoid focal loss over all queries and classes, L1 and GIoU
+    1. Match the matching part and the encoder's tokens to the ground truth; the denoising part
+       knows its assignment.
+    2. For each part and every layer: sigmoid focal loss over all queries and classes, L1 and GIoU
        loss over assigned pairs, each a sum divided by a number of boxes.
     3. Weight them.
 
     Args:
-        matcher: (predictions, targets) -> assignment.
-        ce_weight, bbox_weight, giou_weight: loss weights (published: 1, 5, 2), in both parts.
+        matcher: (predictions, targets) -> (assignment, that of the encoder or None).
+        ce_weight, bbox_weight, giou_weight: loss weights (published: 1, 5, 2), in all parts.
+        enc_weight: factor on the encoder's losses (published: 1).
         focal_alpha, focal_gamma: of the focal loss.
-        dn_normalizer: the denoising part is divided by the number of noised boxes: of this process
-            alone ("local", as published), so that a process with few objects counts as much as one
-            with many; or by its mean over processes ("global"), like the matching part, so that
-            every noised box counts the same.
+        dn_normalizer: what the denoising part is divided by. "local" (DN-DETR): the number of
+            noised boxes of this process, so that a process with few objects counts as much as one
+            with many. "global" (DINO): the matching part's number of boxes times the groups, so
+            that all groups together give a box the weight that matching gives it. Where a budget
+            leaves objects out, "local" counts only those that are noised; under "global" a noised
+            box keeps its weight, and the denoising loss shrinks with their share.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class SetCriterion(nn.Module):
         ce_weight: float = 1.0,
         bbox_weight: float = 5.0,
         giou_weight: float = 2.0,
+        enc_weight: float = 1.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         dn_normalizer: str = "global",
@@ -48,6 +55,7 @@ class SetCriterion(nn.Module):
             )
         self.matcher = matcher
         self.weights = {"loss_ce": ce_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
+        self.enc_weight = enc_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.dn_normalizer = dn_normalizer
@@ -62,25 +70,31 @@ class SetCriterion(nn.Module):
         """Weighted losses.
 
         Args:
-            matching: the matching part of the predictions.
+            matching: the matching part of the predictions, with the encoder's in two-stage models.
             targets: ground truth.
             denoising, noised: the denoising part and what it was made of; None without denoising.
 
         Returns:
             ``loss_ce``, ``loss_bbox``, ``loss_giou`` of the last layer, with suffix ``_i`` of layer
-            i; the denoising part with prefix ``dn_``. The names are the same for every batch.
+            i; the denoising part with prefix ``dn_``, the encoder with ``enc_``. The names are the
+            same for every batch.
         """
-        local = float(sum(targets.counts))
-        num_boxes = world_mean(local, matching.boxes.device).clamp(min=1)
-        losses = self.part_losses(matching, targets, self.matcher(matching, targets), num_boxes)
+        num_boxes = world_mean(float(sum(targets.counts)), matching.boxes.device).clamp(min=1)
+        matched, encoder_matched = self.matcher(matching, targets)
+        losses = self.part_losses(matching, targets, matched, num_boxes)
+        if encoder_matched is not None:
+            encoder = matching.encoder
+            by_name = self.part_losses(
+                encoder, encoder_targets(encoder, targets), encoder_matched, num_boxes
+            )
+            losses |= {f"enc_{name}": self.enc_weight * loss for name, loss in by_name.items()}
         if noised is not None:
-            mean = num_boxes if self.dn_normalizer == "global" else max(local, 1.0)
-            losses |= {
-                f"dn_{name}": loss
-                for name, loss in self.part_losses(
-                    denoising, targets, noised.assignment(), mean * noised.groups, noised.valid
-                ).items()
-            }
+            local = max(float(sum(noised.counts)), 1.0)
+            mean = num_boxes if self.dn_normalizer == "global" else local
+            by_name = self.part_losses(
+                denoising, targets, noised.assignment(), mean * noised.groups, noised.classified
+            )
+            losses |= {f"dn_{name}": loss for name, loss in by_name.items()}
         return losses
 
     def part_losses(
@@ -146,6 +160,13 @@ class SetCriterion(nn.Module):
             "loss_bbox": distance.where(assignment.valid, 0).sum(dim=(1, 2)),
             "loss_giou": (1 - giou).where(assignment.valid, 0).sum(dim=(1, 2)),
         }
+
+
+def encoder_targets(encoder: Predictions, targets: Targets) -> Targets:
+    """`targets`, all of class 0 where the encoder has one logit, objectness."""
+    if encoder.logits.shape[-1] > 1:
+        return targets
+    return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 def world_mean(value: float, device: torch.device) -> Tensor:
