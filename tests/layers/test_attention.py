@@ -4,7 +4,12 @@ import math
 
 import torch
 
-from dn_detr.layers import ConditionalCrossAttention, ConditionalSelfAttention, encode_anchors
+from dn_detr.layers import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    SelfAttention,
+    encode_anchors,
+)
 
 B, Q, S, D, H = 2, 5, 7, 16, 4
 
@@ -69,3 +74,48 @@ def test_aligned_positions_peak_at_the_nearest_token_in_every_head():
     similarity = torch.einsum("qhd,khd->hqk", query, key)
     expected = torch.arange(len(tokens)).expand(H, -1)
     assert torch.equal(similarity.argmax(-1), expected)
+
+
+def test_self_attention_is_that_of_pytorch():
+    torch.manual_seed(0)
+    own, theirs = SelfAttention(D, H), torch.nn.MultiheadAttention(D, H, batch_first=True)
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": own.in_proj.weight,
+            "in_proj_bias": own.in_proj.bias,
+            "out_proj.weight": own.output.weight,
+            "out_proj.bias": own.output.bias,
+        }
+    )
+    content, position = torch.randn(2, 2, 5, D)
+    blocked = torch.rand(2, 5, 5) < 0.4
+    blocked[:, range(5), range(5)] = False
+    query = content + position
+    expected, _ = theirs(query, query, content, attn_mask=blocked.repeat_interleave(H, 0))
+    actual = own(content, position, allowed=~blocked[:, None])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own(content, position), theirs(query, query, content)[0])
+
+
+def test_levels_are_attended_to_apart_and_weighed():
+    torch.manual_seed(0)
+    attention = ConditionalCrossAttention(D, H, add_position=True)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    queries, memory = torch.randn(3, 2, 5, D), torch.randn(2, 2, 11, D)
+    sizes = [6, 4, 1]
+    allowed = torch.rand(2, 1, 1, 11) < 0.7
+    allowed[..., [0, 6, 10]] = True  # something in each level
+    weights = torch.randn(2, 5, 3).softmax(-1)
+    actual = attention(*queries, *memory, allowed, sizes, weights)
+    start, expected = 0, 0
+    for level, size in enumerate(sizes):
+        part = slice(start, start + size)
+        output = attention(*queries, *memory[:, :, part], allowed[..., part])
+        expected, start = expected + output * weights[..., level, None], start + size
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # One softmax over all of them would be something else
+    together = attention(*queries, *memory, allowed)
+    assert (actual - together).abs().max() > 1e-2

@@ -40,3 +40,31 @@ def test_small_resnet_has_the_stated_strides_and_trains_everything():
     assert backbone.output_shape()["res4"].stride == 16
     assert build_small_resnet().output_shape()["res4"].stride == 8
     assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_activation_checkpointing_changes_no_feature_and_no_gradient():
+    torch.manual_seed(0)
+    plain = build_resnet(50, out_features=["res3", "res5"])
+    checkpointed = build_resnet(50, out_features=["res3", "res5"], activation_checkpointing=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    calls = []
+    checkpointed.res4[2].conv2.register_forward_hook(lambda *args: calls.append(1))
+    image = torch.randn(2, 3, 65, 97)
+    for backbone in (plain, checkpointed):
+        sum(feature.square().mean() for feature in backbone(image).values()).backward()
+    assert len(calls) == 2  # forward, and again in backward
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters()):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    with torch.no_grad():
+        assert torch.equal(plain(image)["res5"], checkpointed(image)["res5"])
+
+
+@pytest.mark.parametrize("norm, refused", [("BN", True), ("SyncBN", True), ("GN", False)])
+def test_checkpointing_with_trained_batch_norms_is_refused(norm, refused):
+    if refused:
+        with pytest.raises(ValueError, match="runs every block twice, which trained batch norms"):
+            build_resnet(50, norm=norm, activation_checkpointing=True)
+    else:
+        build_resnet(50, norm=norm, activation_checkpointing=True)

@@ -93,6 +93,8 @@ def test_training_and_detection(path):
     cfg = load(path, "model.num_classes=3")
     # Frozen norms without pre-trained statistics let random activations of a deep network overflow.
     cfg.model.backbone.norm = "BN"
+    for part in (cfg.model.encoder, cfg.model.decoder):  # all kinds of layers, but not all of them
+        part.update(num_layers=min(part.num_layers, 2), feedforward_dim=64)
     model = instantiate(cfg.model).train()
     check_steps(model, denoising=not path.stem.startswith("dab_"))
     model.denoising = None

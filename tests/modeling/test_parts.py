@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from dn_detr.modeling import DABDecoder, DABEncoder, DeformableDecoder, DetectionHeads, Tokens
+from dn_detr.modeling import (
+    DABDecoder,
+    DABEncoder,
+    DeformableDecoder,
+    DeformableEncoder,
+    DetectionHeads,
+    Tokens,
+)
 from tests.modeling.families import (
     DEFORMABLE,
     FAMILIES,
@@ -148,6 +155,20 @@ def test_heads_of_every_layer_start_as_the_shared_one_and_then_differ():
     changed = (own(states, anchors).boxes - b.boxes).abs().amax((1, 2, 3)) > 0
     assert changed.tolist() == [False, True, False]
     assert torch.equal(own.refine(1, states[1], anchors[1]), own(states, anchors).boxes[1])
+
+
+def test_starts_of_the_published_models_are_choices():
+    torch.manual_seed(0)
+    heads = DetectionHeads(D, C, num_layers=2, size_bias=-2.0)
+    biases = [head.layers[-1].bias.tolist() for head in heads.bbox_embed]
+    assert biases == [[0, 0, -2, -2], [0, 0, 0, 0]]
+    assert DetectionHeads(D, C, zero_boxes=False).bbox_embed.layers[-1].weight.std() > 0.05
+    for xavier in (False, True):
+        encoder = DeformableEncoder(D, **DEFORMABLE, num_layers=1, xavier_attention=xavier)
+        attention = encoder.layers[0].self_attn
+        for matrix in (attention.offsets.weight, attention.weights.weight):
+            assert (matrix.abs().sum() > 0) == xavier
+        assert attention.offsets.bias.abs().max() == 2  # the ring of directions, either way
 
 
 def test_first_boxes_are_the_anchors():
