@@ -15,16 +15,13 @@ from torchvision.ops import box_convert
 from dn_detr.layers import Assignment, Targets, generalized_box_iou
 from dn_detr.modeling.structures import Predictions
 
-# From this number of queries on, only candidates go to the host. With fewer the solver is faster on
-# all pairs: on one CPU core, 2 images with 30 objects each, all pairs and candidates (with their
-# selection) take 0.4 and 1.1 ms for 900 queries, 0.9 and 1.5 ms for 2,000, 2.6 and 3.0 ms for
-# 8,000, 4.8 and 5.1 ms for 22,000; on an accelerator the selection is nearly free, and what is
-# handed over shrinks from 5.2 MB to 14 kB for 22,000.
+# From this number of queries on, only candidates go to the host. Solving for 2 images with 30
+# objects each, in ms on one CPU core, by all pairs | candidates: 0.6 | 1.2 for 900 queries, 1.3 |
+# 1.4 for 2,000, 3.9 | 1.7 for 8,000, 7.8 | 2.8 for 22,000, where 5.3 MB shrink to 14 kB.
 MANY_QUERIES = 2000
 
-# Costs are computed for at most about so many pairs at a time: intermediate results take some 50
-# bytes a pair, 200 MB in all. The encoder's 22,000 tokens with 500 objects would take 600 MB an
-# image.
+# Costs are computed for at most about so many pairs at a time. Intermediate results take some 60
+# bytes a pair, 250 MB in all; 22,000 tokens with 500 objects in each of 2 images would take 1 GB.
 MAX_PAIRS = 2**22
 
 
