@@ -28,6 +28,7 @@ model.denoising.update(
     budget=100,  # pairs of a positive and a negative: as many groups as there is room for
     label_noise=0.25,  # dn_label_noise_ratio 0.5, of which the code takes half
     corner_noise=1.0,
+    swap_inverted=False,
     # As published; True ignores slots without a target.
     classify_unused=True,
 )

@@ -89,4 +89,5 @@ model = L(DNDETR)(
         mask_unused=False,
     ),
     detections_per_image=300,  # published: 100, where all relatives keep 300
+    detect_one_by_one=True,  # False: a batch as one, whose padding moves smaller images a little
 )

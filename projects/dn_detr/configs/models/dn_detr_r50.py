@@ -20,7 +20,13 @@ from dn_detr.modeling import (
 
 model = L(DNDETR)(
     num_classes=None,  # null: from the data; 91: classes are COCO category ids, as published
-    backbone=L(build_resnet)(depth=50, dc5=False, freeze_at=2, out_features=["res5"]),
+    backbone=L(build_resnet)(
+        depth=50,
+        dc5=False,
+        freeze_at=2,
+        out_features=["res5"],
+        activation_checkpointing=False,
+    ),
     neck=L(SingleLevelNeck)(
         in_feature="res5",
         in_channels=2048,
@@ -33,6 +39,7 @@ model = L(DNDETR)(
         feedforward_dim=2048,
         num_layers=6,
         activation="prelu",
+        activation_checkpointing=False,
     ),
     queries=L(AnchorQueries)(
         num_queries=300,
@@ -47,6 +54,7 @@ model = L(DNDETR)(
         feedforward_dim=2048,
         num_layers=6,
         activation="prelu",
+        activation_checkpointing=False,
     ),
     heads=L(DetectionHeads)(
         embed_dim="${..neck.embed_dim}",
@@ -64,6 +72,7 @@ model = L(DNDETR)(
     denoising=L(DenoisingGenerator)(
         num_classes="${..num_classes}",
         groups=5,
+        budget=500,  # five groups up to 100 objects, which is all of COCO, then fewer
         label_noise=0.2,
         center_noise=0.4,
         size_noise=0.4,
@@ -71,4 +80,5 @@ model = L(DNDETR)(
         mask_unused=False,
     ),
     detections_per_image=300,
+    detect_one_by_one=True,  # False: a batch as one, whose padding moves smaller images a little
 )
