@@ -38,7 +38,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-6) -> Te
     Returns:
         Tensor of the broadcast shape without the last axis, in -1..1.
     """
-    # Coordinate by coordinate: for all pairs three times as fast as with a last axis of two.
+    # Coordinate by coordinate: for all pairs 1.4 to 2.9 times as fast as with a last axis of two.
     left1, top1, right1, bottom1 = boxes1.unbind(-1)
     left2, top2, right2, bottom2 = boxes2.unbind(-1)
     intersection = _area(
