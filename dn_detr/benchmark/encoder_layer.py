@@ -9,41 +9,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from dn_detr.benchmark.cases import CHANNELS, HEADS, OFFSET, STRIDES, Case, pixel_centres
+from dn_detr.benchmark.cases import CHANNELS, HEADS, OFFSET, STRIDES, Case
 from dn_detr.benchmark.implementations import GRID_SAMPLE
-from dn_detr.layers import FeedForward, MultiScaleDeformableAttention
 from dn_detr.layers.deformable import reference
+from dn_detr.modeling import DeformableEncoderLayer, Tokens
 
 DIM = HEADS * CHANNELS
 PASSES = ("forward", "forward+backward")
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each with a residual and a norm behind it.
-
-    Args:
-        hidden: width of the feed-forward network; published: 1024 (Deformable DETR), 2048 (DINO).
-    """
-
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.attention = MultiScaleDeformableAttention(DIM, HEADS, len(STRIDES))
-        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(2))
-        self.ffn = FeedForward(DIM, hidden, "relu")
-        # Offsets as of a trained model; at its start, all queries look at the same ones.
-        nn.init.normal_(self.attention.offsets.weight, std=OFFSET / DIM**0.5)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        shapes: Sequence[tuple[int, int]],
-        reference_points: Tensor,
-    ) -> Tensor:
-        """tokens, position [B, S, 256], reference_points [B, S, 1, 2] -> [B, S, 256]"""
-        attended = self.attention(tokens + position, tokens, shapes, reference_points)
-        tokens = self.norms[0](tokens + attended)
-        return self.norms[1](tokens + self.ffn(tokens))
 
 
 @dataclass(frozen=True)
@@ -52,14 +24,13 @@ class LayerProblem:
 
     Args:
         case: of an encoder.
-        hidden: of `EncoderLayer`.
+        hidden: width of the feed-forward block; published: 1024 (Deformable DETR), 2048 (DINO).
     """
 
     case: Case
     hidden: int
-    layer: EncoderLayer
-    tokens: Tensor
-    position: Tensor
+    layer: DeformableEncoderLayer
+    tokens: Tokens
     reference_points: Tensor
 
     @classmethod
@@ -68,10 +39,13 @@ class LayerProblem:
     ) -> "LayerProblem":
         """In float32 or float64; lower precision is autocast's."""
         torch.manual_seed(0)
-        layer = EncoderLayer(hidden).to(device, dtype)
-        tokens, position = torch.randn(2, case.batch, case.tokens, DIM).to(device, dtype)
-        centres = pixel_centres(case.shapes, dtype).to(device)
-        return cls(case, hidden, layer, tokens, position, centres[None, :, None])
+        layer = DeformableEncoderLayer(DIM, HEADS, hidden, "relu", len(STRIDES), num_points=4)
+        # Offsets as of a trained model; at its start, all queries look at the same ones.
+        nn.init.normal_(layer.self_attn.offsets.weight, std=OFFSET / DIM**0.5)
+        features, position = torch.randn(2, case.batch, case.tokens, DIM).to(device, dtype)
+        tokens = Tokens(features, position, None, tuple(case.shapes))
+        centers = tokens.centers[:, :, None].to(dtype)
+        return cls(case, hidden, layer.to(device, dtype), tokens, centers)
 
     @property
     def name(self) -> str:
@@ -84,15 +58,14 @@ class LayerProblem:
             implementation: "ours" or "grid_sample".
             passes: one of `PASSES`; gradients are those of tokens and parameters.
         """
-        references = self.reference_points.expand(self.case.batch, -1, -1, -1)
-        arguments = (self.position, self.case.shapes, references)
+        arguments = (self.tokens.position, self.tokens, self.reference_points)
         if passes == "forward":
 
             def run() -> Tensor:
                 with torch.no_grad():
-                    return self.layer(self.tokens, *arguments)
+                    return self.layer(self.tokens.features, *arguments)
         else:
-            leaves = [self.tokens.detach().requires_grad_(), *self.layer.parameters()]
+            leaves = [self.tokens.features.detach().requires_grad_(), *self.layer.parameters()]
 
             def run() -> Sequence[Tensor]:
                 output = self.layer(leaves[0], *arguments)
@@ -102,7 +75,7 @@ class LayerProblem:
 
     def least_operations(self, passes: str) -> int:
         """Those of the matrix products; a backward pass has two for each."""
-        points = sum(self.layer.attention.points_per_level)
+        points = sum(self.layer.self_attn.points_per_level)
         columns = 2 * DIM + 3 * HEADS * points + 2 * self.hidden
         forward = 2 * self.case.rows * DIM * columns
         return forward if passes == "forward" else 3 * forward
