@@ -16,10 +16,8 @@ the authors' extension (MultiScaleDeformableAttention), detrex, mmcv, and the pa
 
 import argparse
 import contextlib
-import platform
 import re
 import sys
-from pathlib import Path
 
 import torch
 
@@ -109,22 +107,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def environment(device: torch.device, ceilings: measuring.Ceilings) -> dict[str, object]:
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{processor()}, {torch.get_num_threads()} threads"
     return {
-        "machine": machine,
+        "machine": measuring.machine(device),
         "torch": torch.__version__,
         "bandwidth (copy)": f"{ceilings.bandwidth / 1e9:.1f} GB/s",
         "peak (float32 matrix product)": f"{ceilings.operations / 1e9:.0f} GFLOP/s",
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else []
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def own_stream():

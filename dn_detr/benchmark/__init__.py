@@ -1,4 +1,5 @@
-"""Time and memory of multi-scale deformable attention, beside other implementations of it.
+"""Time and memory of operations, and of denoising, beside other ways to do the same.
 
-The script that measures is tools/benchmark_ops.py. Plain PyTorch; detectron2 is not needed.
+The scripts that measure are tools/benchmark_ops.py (multi-scale deformable attention) and
+tools/benchmark_denoising.py. Plain PyTorch; detectron2 is not needed.
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -103,6 +105,16 @@ def as_graph(call: Call) -> Call:
     return graph.replay
 
 
+def machine(device: torch.device) -> str:
+    """Name of the GPU, or of the processor with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else []
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
 def ceilings(device: torch.device) -> Ceilings:
     """Measured by a copy and a matrix product of float32, the best of several."""
     source = torch.rand(2**26, device=device)
@@ -167,5 +179,6 @@ def in_child(module: str, request: Mapping[str, object]) -> dict:
     command = [sys.executable, "-m", module, json.dumps(request)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{module} failed: {done.stderr.strip()[-2000:]}")
+        reason = done.stderr.strip()[-2000:] or f"ended with status {done.returncode}"
+        raise RuntimeError(f"{module} failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,23 +56,24 @@ class Row:
 def table(rows: Sequence[Row], ceilings: Ceilings, baseline: str = GRID_SAMPLE) -> str:
     """Markdown; times are medians, ratios those to the baseline in the same case."""
     bases = {row.key: row for row in rows if row.implementation == baseline}
-    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+    lines = [line(HEADER), line(["---"] * len(HEADER))]
     for row in rows:
         base = bases.get(row.key)
         floor = ceilings.floor(row.moved, row.operations)
         faster = f"{base.time / row.time:.2f}" if base else ""
         share = f"{row.memory / base.memory:.3f}" if base and base.memory and row.memory else ""
         numbers = (f"{row.time * 1e3:.3f}", faster, f"{row.time / floor:.1f}")
-        memory = (_mebibytes(row.memory), _mebibytes(row.results), share)
-        lines.append(_line([*map(str, row.key), row.implementation, *numbers, *memory]))
+        memory = (mebibytes(row.memory), mebibytes(row.results), share)
+        lines.append(line([*map(str, row.key), row.implementation, *numbers, *memory]))
     return "\n".join(lines)
 
 
-def _mebibytes(size: int | None) -> str:
+def mebibytes(size: int | None) -> str:
     return "" if size is None else f"{size / 2**20:.1f}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """Of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -34,8 +34,8 @@ class DenoisingGenerator:
     The cost of self-attention grows with the square of G * M, where M is the largest number of
     objects in an image of the batch. `budget` bounds it: ``G = max(min(groups, budget // M), 1)``,
     and of an image with more objects than that, one group of `budget` objects is noised, drawn anew
-    in every step. The first time that this reduces `groups`, or leaves objects out, a warning
-    says so.
+    in every step (DINO's code noises all of them). The first time that this reduces `groups`, or
+    leaves objects out, a warning says so.
 
     Args:
         num_classes: C. Noised labels are in 0..C-1.
