@@ -56,6 +56,8 @@ class MultiLevelNeck(nn.Module):
         norm_groups: groups of the norms.
         xavier: start the convolutions by Xavier, with zero biases (published, but for the
             encoder-only model, which has PyTorch's own start).
+        level_embed: False leaves the learned vectors out: without an encoder layer, nothing reads
+            position codes in front of a deformable decoder.
 
     Raises:
         ValueError: fewer levels than feature maps.
@@ -69,6 +71,7 @@ class MultiLevelNeck(nn.Module):
         position_encoding: nn.Module,
         norm_groups: int = 32,
         xavier: bool = True,
+        level_embed: bool = True,
     ):
         super().__init__()
         if not 1 <= len(in_features) <= num_levels:
@@ -90,7 +93,9 @@ class MultiLevelNeck(nn.Module):
             nn.Sequential(convolution, nn.GroupNorm(norm_groups, embed_dim))
             for convolution in convolutions
         )
-        self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
+        self.level_embed = None
+        if level_embed:
+            self.level_embed = nn.Parameter(torch.randn(num_levels, embed_dim))
         self.position_encoding = position_encoding
 
     def forward(self, features: Mapping[str, Tensor], padding_mask: Tensor, padded: bool) -> Tokens:
@@ -100,7 +105,10 @@ class MultiLevelNeck(nn.Module):
         for index, projection in enumerate(self.projections):
             levels.append(projection(sources[index] if index < len(sources) else levels[-1]))
         tokens = flatten_levels(levels, padding_mask, padded, self.position_encoding)
-        codes = tokens.position.to(self.level_embed.dtype).split(tokens.level_sizes, dim=1)
+        dtype = self.projections[0][0].weight.dtype
+        if self.level_embed is None:
+            return replace(tokens, position=tokens.position.to(dtype))
+        codes = tokens.position.to(dtype).split(tokens.level_sizes, dim=1)
         codes = [code + embed for code, embed in zip(codes, self.level_embed, strict=True)]
         return replace(tokens, position=torch.cat(codes, dim=1))
 

@@ -45,6 +45,15 @@ def test_positions_code_the_level():
     assert by_level == [[0.0], [5.0], [0.0]]
 
 
+def test_levels_need_not_be_coded():
+    neck = MultiLevelNeck(
+        dict(res5=7), D, 2, SinePositionEncoding(D), norm_groups=4, level_embed=False
+    )
+    finest, coarse = neck(*make_inputs(), padded=False).position.split([48, 12], dim=1)
+    torch.testing.assert_close(finest[0, -1], coarse[0, -1])  # the last cells, both at 1
+    assert not [name for name, _ in neck.named_parameters() if "level" in name]
+
+
 def test_masks_ratios_and_centers_of_a_padded_image():
     neck, (features, mask) = multi_level_neck(), make_inputs(height=6, width=8)
     mask[1, 48:] = True  # half of the height

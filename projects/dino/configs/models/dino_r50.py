@@ -29,7 +29,7 @@ model.denoising.update(
     label_noise=0.25,  # dn_label_noise_ratio 0.5, of which the code takes half
     corner_noise=1.0,
     swap_inverted=False,
-    # As published; True ignores slots without a target.
+    # As published; False ignores slots without a target.
     classify_unused=True,
 )
 for _name in ("center_noise", "size_noise"):
