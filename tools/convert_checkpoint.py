@@ -1,8 +1,15 @@
 #!/usr/bin/env python
-"""Converts published DN-DETR and DAB-DETR checkpoints; nothing in them is run.
+"""Converts published checkpoints of the DN-DETR family; nothing in them is run.
 
-Takes what IDEA-Research publishes for DN-DETR (dn_dab_detr), DAB-DETR (dab_detr), and detrex for
-its DN-DETR and DAB-DETR. The 80 used class rows of 91 are kept:
+Takes what IDEA-Research publishes: of the repository
+
+    DN-DETR     dn_dab_detr, dn_dab_deformable_detr (v2), the deformable encoder only, and its DINO
+    DAB-DETR    dab_detr, dab_deformable_detr
+    DINO        4scale with a ResNet
+    detrex      dn_detr, dab_detr, dn_deformable_detr, dab_deformable_detr, dino (four levels)
+
+The format is told by the names in the file; should it not fit the config, the right one is named.
+The 80 used class rows of 91 are kept:
 
     python tools/convert_checkpoint.py checkpoint.pth dn_detr_r50.pth \\
         --config-file projects/dn_detr/configs/dn_detr_r50_50ep.py

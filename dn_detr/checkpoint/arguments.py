@@ -6,16 +6,25 @@ poor AP without a word.
 """
 
 import argparse
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from dn_detr.checkpoint.reading import CheckpointError
-
 _RESNETS = {6: "resnet50", 23: "resnet101"}  # by the number of blocks in res4
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all have, or a text that names them."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else " and ".join(map(str, different))
+
+
+def _of_layers(read: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """What the encoder's and the decoder's layers have."""
+    return lambda model: _common(
+        read(layer) for part in (model.encoder, model.decoder) for layer in part.layers
+    )
 
 
 def _backbone(model: nn.Module) -> str | None:
@@ -27,7 +36,16 @@ def _dilation(model: nn.Module) -> bool:
 
 
 def _num_patterns(model: nn.Module) -> int:
-    return 0 if model.queries.patterns is None else len(model.queries.patterns)
+    patterns = getattr(model.queries, "patterns", None)
+    return 0 if patterns is None else len(patterns)
+
+
+def _num_queries(model: nn.Module) -> int:
+    return len(model.queries.content if _is_two_stage(model) else model.queries.anchors)
+
+
+def _is_two_stage(model: nn.Module) -> bool:
+    return not hasattr(model.queries, "anchors")
 
 
 def _temperature(model: nn.Module) -> float:
@@ -39,23 +57,37 @@ ARGUMENTS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "backbone": (_backbone, "model.backbone.depth"),
     "dilation": (_dilation, "model.backbone.dc5"),
     "num_patterns": (_num_patterns, "model.queries.num_patterns"),
-    "num_queries": (lambda model: len(model.queries.anchors), "model.queries.num_queries"),
+    "num_queries": (_num_queries, "model.queries.num_queries"),
     "pe_temperatureH": (_temperature, "model.neck.position_encoding.temperature"),
     "pe_temperatureW": (_temperature, "model.neck.position_encoding.temperature"),
     "transformer_activation": (
-        lambda model: type(model.encoder.layers[0].ffn.activation).__name__.lower(),
+        _of_layers(lambda layer: type(layer.ffn.activation).__name__.lower()),
         "model.encoder.activation and model.decoder.activation",
     ),
     "nheads": (
-        lambda model: model.encoder.layers[0].self_attn.num_heads,
+        _of_layers(lambda layer: layer.self_attn.num_heads),
         "model.encoder.num_heads and model.decoder.num_heads",
     ),
-    "hidden_dim": (lambda model: model.neck.projection.out_channels, "model.neck.embed_dim"),
+    "hidden_dim": (_of_layers(lambda layer: len(layer.norm1.weight)), "model.neck.embed_dim"),
     "enc_layers": (lambda model: len(model.encoder.layers), "model.encoder.num_layers"),
     "dec_layers": (lambda model: len(model.decoder.layers), "model.decoder.num_layers"),
     "dim_feedforward": (
-        lambda model: model.encoder.layers[0].ffn.linear1.out_features,
+        _of_layers(lambda layer: layer.ffn.linear1.out_features),
         "model.encoder.feedforward_dim and model.decoder.feedforward_dim",
+    ),
+    "num_feature_levels": (lambda model: len(model.neck.projections), "model.neck.num_levels"),
+    "enc_n_points": (
+        lambda model: _common(model.encoder.layers[0].self_attn.points_per_level),
+        "model.encoder.num_points",
+    ),
+    "dec_n_points": (
+        lambda model: _common(model.decoder.layers[0].cross_attn.points_per_level),
+        "model.decoder.num_points",
+    ),
+    "two_stage": (_is_two_stage, "model.queries"),
+    "two_stage_type": (
+        lambda model: "standard" if _is_two_stage(model) else "no",
+        "model.queries",
     ),
 }
 
@@ -68,26 +100,22 @@ def saved_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(saved) if isinstance(saved, Mapping) else None
 
 
-def check_arguments(
-    arguments: Mapping[str, Any], model: nn.Module, kind: str, config_file: str
-) -> list[str]:
-    """Checks that a model is what the arguments describe.
+def compare_arguments(
+    arguments: Mapping[str, Any], model: nn.Module, without_effect: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Compares a model with what the arguments describe.
 
     Args:
         arguments: of the published code; only those in `ARGUMENTS` are looked at.
         model: the model that the weights are for.
-        kind: "dn_detr" or "dab_detr", for the name of the right config.
-        config_file: the model's, for messages.
+        without_effect: arguments to leave out, see `Format.without_effect`.
 
     Returns:
-        the names of the arguments that were compared.
-
-    Raises:
-        CheckpointError: one contradicts the model; the message names both and the remedy.
+        the names of the arguments that were compared, and a line for each that differs.
     """
     compared, wrong = [], []
     for name, (read, setting) in ARGUMENTS.items():
-        if name not in arguments:
+        if name not in arguments or name in without_effect:
             continue
         theirs = arguments[name]
         theirs = 0 if theirs is None and name == "num_patterns" else theirs
@@ -97,24 +125,5 @@ def check_arguments(
             ours = "(no such part)"
         compared.append(name)
         if ours != theirs:
-            wrong.append(f"  {name}={theirs} in the file, but {ours} in the model ({setting})")
-    if wrong:
-        listing = "\n".join(wrong)
-        raise CheckpointError(
-            f"The weights were trained as another model than {config_file} describes:\n{listing}\n"
-            f"{_remedy(arguments, kind, config_file)}"
-        )
-    return compared
-
-
-def _remedy(arguments: Mapping[str, Any], kind: str, config_file: str) -> str:
-    name = f"{kind}_{str(arguments.get('backbone', 'resnet50')).replace('resnet', 'r')}"
-    name += "_dc5" if arguments.get("dilation") else ""
-    patterns = arguments.get("num_patterns")
-    name += f"_{patterns}pat" if patterns else ""
-    folder = Path(config_file).parent
-    fitting = sorted(p for p in folder.glob("*.py") if re.fullmatch(rf"{name}_\d+ep", p.stem))
-    same = [path for path in fitting if path.name == Path(config_file).name]
-    if fitting and not same:
-        return f"Use --config-file {' or '.join(map(str, fitting))}."
-    return "Set the values named in brackets on the command line, behind the config file."
+            wrong.append(f"{name}={theirs} in the file, but {ours} in the model ({setting})")
+    return compared, wrong

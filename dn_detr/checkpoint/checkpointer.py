@@ -319,9 +319,9 @@ def _check_converted(state: Mapping[str, Tensor], path: str) -> None:
     kind = detect_format(state)
     if kind is not None:
         raise CheckpointError(
-            f"{path} is an {FORMATS[kind].title} checkpoint. Convert it first: python "
+            f"{path} holds {FORMATS[kind].title} weights. Convert it first: python "
             f"tools/convert_checkpoint.py {path} OUTPUT.pth --config-file "
-            f"projects/dn_detr/configs/{FORMATS[kind].model}_....py"
+            f"projects/*/configs/{FORMATS[kind].model}_....py"
         )
 
 

@@ -13,24 +13,29 @@ from torch import Tensor
 CLASS_ROWS = {
     r"heads\.class_embed(\.\d+)?\.(weight|bias)": 0,
     r"queries\.label_embed\.weight": 1,
+    # Of what the encoder proposes; one row where that is objects, of whatever class.
+    r"queries\.class_embed\.(weight|bias)": 0,
 }
 
 
-def extra_rows(name: str) -> int | None:
-    """Rows behind those of the classes; None for a parameter without class rows."""
-    for pattern, extra in CLASS_ROWS.items():
-        if re.fullmatch(pattern, name):
-            return extra
-    return None
-
-
 def count_classes(state: Mapping[str, Tensor]) -> int | None:
-    """C of a state_dict; None where no parameter has class rows."""
-    for name, value in state.items():
-        extra = extra_rows(name)
-        if extra is not None:
-            return len(value) - extra
+    """C of a state_dict, by its first pattern that occurs; None without class rows."""
+    for pattern, extra in CLASS_ROWS.items():
+        for name, value in state.items():
+            if re.fullmatch(pattern, name):
+                return len(value) - extra
     return None
+
+
+def _class_rows(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name of every parameter with C rows for the classes -> rows behind these."""
+    count = count_classes(state)
+    return {
+        name: extra
+        for pattern, extra in CLASS_ROWS.items()
+        for name, value in state.items()
+        if re.fullmatch(pattern, name) and len(value) - extra == count
+    }
 
 
 def pair_names(old: Sequence[str | None], new: Sequence[str | None]) -> list[tuple[int, int]]:
@@ -62,11 +67,13 @@ def move_rows(
         pairs: (row in `state`, row in `fresh`) of the classes to keep.
     """
     moved = dict(state)
-    for name, start in fresh.items():
-        extra = extra_rows(name)
-        if extra is None or name not in state or state[name].shape[1:] != start.shape[1:]:
+    old_rows = _class_rows(state)
+    for name, extra in _class_rows(fresh).items():
+        if name not in old_rows or state[name].shape[1:] != fresh[name].shape[1:]:
             continue
-        value = start.clone()
+        if name.startswith("queries.class_embed") and len(state[name]) == len(fresh[name]) == 1:
+            continue
+        value = fresh[name].clone()
         for old, new in pairs:
             value[new] = state[name][old]
         if extra:
@@ -78,9 +85,7 @@ def move_rows(
 def take_rows(state: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
     """`state` with these rows of its classes only, in this order; the rows behind them stay."""
     taken = dict(state)
-    for name, value in state.items():
-        extra = extra_rows(name)
-        if extra is not None:
-            behind = range(len(value) - extra, len(value))
-            taken[name] = value[[*rows, *behind]].clone()
+    for name, extra in _class_rows(state).items():
+        behind = range(len(state[name]) - extra, len(state[name]))
+        taken[name] = state[name][[*rows, *behind]].clone()
     return taken

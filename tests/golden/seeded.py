@@ -29,15 +29,39 @@ _EMBEDDINGS = (
 _QUERY_AND_KEY = ("qcontent_proj", "kcontent_proj", "qpos_proj", "kpos_proj", "qpos_sine_proj")
 _OUTPUTS = ("out_proj", "output_proj", "linear2", "ca_out_v_proj")
 
-# What a variant's state_dict has more (first) and less (second) than dn_dab_detr_r50.txt.
-# DC5 has the very same names and shapes as C5.
-_DIFFERENCES: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
-    "dn_dab_detr_r50": ({}, ()),
-    "dn_dab_detr_r50_dc5": ({}, ()),
-    "dn_dab_detr_r50_dc5_3pat": ({"transformer.patterns.weight": (3, 256)}, ()),
-    "dab_detr_r50": ({}, ("label_enc.weight",)),
+_V2 = "dn_dab_deformable_detr_r50"
+_ENCODER_ONLY = "dn_dab_deformable_detr_deformable_encoder_only_r50"
+# Of DAB-Deformable-DETR, where the list is DN-Deformable-DETR's.
+_WIDER_CONTENT = {"tgt_embed.weight": (300, 256)}
+
+# The list of a variant's names, and what its state_dict has more (first) and less (second).
+# DC5 has the very same names and shapes as C5, v2 those of the DINO port without its second stage.
+_LISTS: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[str, ...]]] = {
+    "dn_dab_detr_r50": ("dn_dab_detr_r50", {}, ()),
+    "dn_dab_detr_r50_dc5": ("dn_dab_detr_r50", {}, ()),
+    "dn_dab_detr_r50_dc5_3pat": (
+        "dn_dab_detr_r50",
+        {"transformer.patterns.weight": (3, 256)},
+        (),
+    ),
+    "dab_detr_r50": ("dn_dab_detr_r50", {}, ("label_enc.weight",)),
+    _V2: (_V2, {}, ()),
+    "dab_deformable_detr_r50": (_V2, _WIDER_CONTENT, ("label_enc.weight",)),
+    _ENCODER_ONLY: (_ENCODER_ONLY, {}, ()),
+    _ENCODER_ONLY.replace("r50", "r101"): (_ENCODER_ONLY, {}, ()),
+    "dn_dab_dino_deformable_detr_r50": ("dn_dab_dino_deformable_detr_r50", {}, ()),
+    "dino_r50_4scale": ("dino_r50_4scale", {}, ()),
+    "detrex_dn_detr_r50": ("detrex_dn_detr_r50", {}, ()),
+    "detrex_dn_deformable_detr_r50": ("detrex_dn_deformable_detr_r50", {}, ()),
+    "detrex_dab_deformable_detr_r50": (
+        "detrex_dn_deformable_detr_r50",
+        _WIDER_CONTENT,
+        ("denoising_generator.label_encoder.weight",),
+    ),
+    "detrex_dino_r50_4scale": ("detrex_dino_r50_4scale", {}, ()),
 }
-VARIANTS = tuple(_DIFFERENCES)
+# Those whose weights the authors' code can load.
+VARIANTS = tuple(variant for variant in _LISTS if not variant.startswith("detrex"))
 
 
 def seeded_array(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -92,18 +116,32 @@ def seeded_image(height: int, width: int, seed: int, cell: int = 32) -> np.ndarr
 
 @lru_cache(maxsize=None)
 def published_shapes(variant: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every entry of the authors' state_dict, tied ones under both names."""
-    more, less = _DIFFERENCES[variant]
-    shapes = listed_shapes("dn_dab_detr_r50.txt")
+    """Name -> shape of every entry of the authors' state_dict, tied ones under all their names.
+
+    Args:
+        variant: one of `VARIANTS`, or a detrex model: "detrex_" and the name of its config.
+    """
+    listed, more, less = _LISTS[variant]
+    shapes = listed_shapes(f"{listed}.txt")
+    backbone = "detrex_dn_detr_r50" if variant.startswith("detrex") else "dn_dab_detr_r50"
+    for name, shape in listed_shapes(f"{backbone}.txt").items():
+        if name.startswith("backbone."):
+            shapes[name] = shape
+            if "_r101" in variant and "layer3.5." in name:
+                longer = (name.replace("layer3.5.", f"layer3.{i}.") for i in range(6, 23))
+                shapes.update(dict.fromkeys(longer, shape))
     return {**{name: shapes[name] for name in shapes if name not in less}, **more}
 
 
 def listed_shapes(file_name: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every line of a list beside this file."""
+    """Name -> shape of every line of a list beside this file; "{0..5}" stands for six lines."""
     shapes = {}
     for line in (_FOLDER / file_name).read_text().splitlines():
         name, dimensions = re.match(r"(\S+) \(([\d, ]*)\)", line).groups()
-        shapes[name] = tuple(int(n) for n in dimensions.replace(" ", "").split(",") if n)
+        shape = tuple(int(n) for n in dimensions.replace(" ", "").split(",") if n)
+        first, last = re.search(r"{(\d)\.\.(\d)}|$", name).groups(default="0")
+        for number in range(int(first), int(last) + 1):
+            shapes[re.sub(r"{.*}", str(number), name)] = shape
     return shapes
 
 
@@ -111,13 +149,26 @@ def published_state_dict(variant: str, seed: int = 0) -> dict[str, torch.Tensor]
     """The authors' state_dict with the weights the reference outputs were computed from.
 
     Args:
-        variant: one of `VARIANTS`.
+        variant: see `published_shapes`.
     """
-    shapes = published_shapes(variant)
-    return {name: torch.from_numpy(seeded_array(name, shapes[name], seed)) for name in shapes}
+    return dict(_seeded_state_dict(variant, seed))
+
+
+@lru_cache(maxsize=1)  # many tests ask for the same one, which takes a second; 180 MB
+def _seeded_state_dict(variant: str, seed: int) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, shape in published_shapes(variant).items():
+        source = name
+        if variant == "dino_r50_4scale":  # all layers have the same heads
+            source = re.sub(r"((?:class|bbox)_embed)\.\d", r"\1.0", name)
+        state[name] = torch.from_numpy(seeded_array(source, shape, seed))
+    return state
 
 
 def golden(variant: str) -> dict[str, np.ndarray]:
-    """The authors' outputs for `published_state_dict(variant)`; README.md explains the arrays."""
+    """The authors' outputs for `published_state_dict(variant)`; README.md explains the arrays.
+
+    There are none of R101 models and of detrex.
+    """
     with np.load(_FOLDER / f"{variant}_seed0.npz") as arrays:
         return {name: arrays[name] for name in arrays.files}
