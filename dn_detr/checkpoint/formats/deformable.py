@@ -81,8 +81,8 @@ _OFFICIAL: Rules = (
     *_QUERIES,
     (r"label_enc\.weight", r"queries.label_embed.weight"),
 )
-# In front of "label_encoder": the name that detrex's converter of official weights writes, and that
-# the weights which detrex offers therefore have.
+# "label_encoder" alone is what detrex's converter of official weights writes; what detrex offers
+# comes from it.
 _DETREX: Rules = (
     *DETREX_LAYERS,
     *SHARED,
@@ -98,13 +98,18 @@ _ENCODER_ONLY: Rules = (
 
 _NAMES: dict[str, Shape] = {
     "refpoint_embed.weight": (None, 4),
-    **any_shape("transformer.decoder.query_scale.layers.0.weight", "tgt_embed.weight"),
-    **any_shape("class_embed.0.weight"),
+    **any_shape(
+        "tgt_embed.weight",
+        "class_embed.0.weight",
+        "transformer.decoder.query_scale.layers.0.weight",
+    ),
 }
 _OFFICIAL_NAMES: dict[str, Shape] = {
     **_NAMES,
-    **any_shape("transformer.level_embed"),
-    **any_shape("transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"),
+    **any_shape(
+        "transformer.level_embed",
+        "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
+    ),
 }
 # Four levels: detrex numbers those behind the backbone's from 0 again, and the rules have to know
 # where they begin.
@@ -120,12 +125,22 @@ _DETREX_LABELS = ("denoising_generator.label_encoder.weight", "label_encoder.wei
 # These models have ReLU and a temperature of 10000, whatever the arguments say.
 FIXED = frozenset({"transformer_activation", "pe_temperatureH", "pe_temperatureW"})
 
+
+def _detrex_dn(name: str, labels: str) -> Format:
+    return Format(
+        title=f"detrex {name}",
+        model="dn_deformable_detr",
+        required={**_DETREX_NAMES, labels: None},
+        rules=_DETREX,
+        tied=TIED_HEADS,
+    )
+
+
 FORMATS = {
     "dn_deformable_detr": Format(
         title="official DN-Deformable-DETR",
         model="dn_deformable_detr",
         required={**_OFFICIAL_NAMES, _LABELS: None},
-        absent=(),
         rules=_OFFICIAL,
         tied=TIED_HEADS,
         without_effect=FIXED,
@@ -143,7 +158,6 @@ FORMATS = {
                 _LABELS,
             ),
         },
-        absent=(),
         rules=_ENCODER_ONLY,
         tied=TIED_HEADS,
         without_effect=frozenset({"dec_n_points", "two_stage"}),
@@ -157,17 +171,10 @@ FORMATS = {
         tied=TIED_HEADS,
         without_effect=FIXED,
     ),
-    **{
-        f"detrex_dn_deformable_detr{suffix}": Format(
-            title=f"detrex DN-Deformable-DETR{note}",
-            model="dn_deformable_detr",
-            required={**_DETREX_NAMES, labels: None},
-            absent=(),
-            rules=_DETREX,
-            tied=TIED_HEADS,
-        )
-        for suffix, note, labels in zip(("", "_converted"), ("", " (converted)"), _DETREX_LABELS)
-    },
+    "detrex_dn_deformable_detr": _detrex_dn("DN-Deformable-DETR", _DETREX_LABELS[0]),
+    "detrex_dn_deformable_detr_converted": _detrex_dn(
+        "DN-Deformable-DETR (converted)", _DETREX_LABELS[1]
+    ),
     "detrex_dab_deformable_detr": Format(
         title="detrex DAB-Deformable-DETR",
         model="dab_deformable_detr",

@@ -35,9 +35,9 @@ class Format:
         title: for messages.
         model: first part of the names of the config files that fit, in front of the backbone.
         required: names that every such checkpoint has, each with its shape.
-        absent: names that no such checkpoint has.
         rules: from its names to those of this project.
         tied: from the second name of a tensor to its first, where a tensor has several.
+        absent: names that no such checkpoint has.
         adjustments: of renamed tensors.
         without_effect: arguments that the published script takes, and saves, but this model does
             not look at.
@@ -46,9 +46,9 @@ class Format:
     title: str
     model: str
     required: Mapping[str, Shape]
-    absent: tuple[str, ...]
     rules: Rules
     tied: Rules
+    absent: tuple[str, ...] = ()
     adjustments: tuple[Adjustment, ...] = ()
     without_effect: frozenset[str] = frozenset()
 
