@@ -17,6 +17,7 @@ PUBLISHED = {
     "dn_dab_detr_r50": ("dn_detr", "dn_detr/configs/dn_detr_r50_50ep"),
     "dn_dab_detr_r50_dc5": ("dn_detr", "dn_detr/configs/dn_detr_r50_dc5_50ep"),
     "dn_dab_detr_r50_dc5_3pat": ("dn_detr", "dn_detr/configs/dn_detr_r50_dc5_3pat_12ep"),
+    "dn_dab_detr_r101_dc5_3pat": ("dn_detr", "dn_detr/configs/dn_detr_r101_dc5_3pat_12ep"),
     "dab_detr_r50": ("dab_detr", "dn_detr/configs/dab_detr_r50_50ep"),
     "dn_dab_deformable_detr_r50": (
         "dn_deformable_detr",

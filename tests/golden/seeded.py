@@ -34,12 +34,18 @@ _ENCODER_ONLY = "dn_dab_deformable_detr_deformable_encoder_only_r50"
 # Of DAB-Deformable-DETR, where the list is DN-Deformable-DETR's.
 _WIDER_CONTENT = {"tgt_embed.weight": (300, 256)}
 
-# The list of a variant's names, and what its state_dict has more (first) and less (second).
-# DC5 has the very same names and shapes as C5, v2 those of the DINO port without its second stage.
+# The list of a variant's names, and what its state_dict has more (first) and less (second). "r101"
+# in a variant's name deepens the backbone. DC5 has the very same names and shapes as C5, v2 those
+# of the DN-DETR repository's DINO without its second stage.
 _LISTS: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[str, ...]]] = {
     "dn_dab_detr_r50": ("dn_dab_detr_r50", {}, ()),
     "dn_dab_detr_r50_dc5": ("dn_dab_detr_r50", {}, ()),
     "dn_dab_detr_r50_dc5_3pat": (
+        "dn_dab_detr_r50",
+        {"transformer.patterns.weight": (3, 256)},
+        (),
+    ),
+    "dn_dab_detr_r101_dc5_3pat": (
         "dn_dab_detr_r50",
         {"transformer.patterns.weight": (3, 256)},
         (),
@@ -60,8 +66,8 @@ _LISTS: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[str, ...]]] = {
     ),
     "detrex_dino_r50_4scale": ("detrex_dino_r50_4scale", {}, ()),
 }
-# Those whose weights the authors' code can load.
-VARIANTS = tuple(variant for variant in _LISTS if not variant.startswith("detrex"))
+# Those with reference outputs.
+VARIANTS = tuple(v for v in _LISTS if not v.startswith("detrex") and "_r101" not in v)
 
 
 def seeded_array(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -119,7 +125,7 @@ def published_shapes(variant: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every entry of the authors' state_dict, tied ones under all their names.
 
     Args:
-        variant: one of `VARIANTS`, or a detrex model: "detrex_" and the name of its config.
+        variant: one of `_LISTS`; detrex's models are called "detrex_" and by their config's name.
     """
     listed, more, less = _LISTS[variant]
     shapes = listed_shapes(f"{listed}.txt")
@@ -168,7 +174,8 @@ def _seeded_state_dict(variant: str, seed: int) -> dict[str, torch.Tensor]:
 def golden(variant: str) -> dict[str, np.ndarray]:
     """The authors' outputs for `published_state_dict(variant)`; README.md explains the arrays.
 
-    There are none of R101 models and of detrex.
+    Args:
+        variant: one of `VARIANTS`.
     """
     with np.load(_FOLDER / f"{variant}_seed0.npz") as arrays:
         return {name: arrays[name] for name in arrays.files}

@@ -20,10 +20,8 @@ from dn_detr.checkpoint.state_dicts import convert_state_dict
 from dn_detr.denoising import NoisedTargets
 from dn_detr.meta_arch.dn_detr import split_predictions
 from tests.checkpoint.published import PUBLISHED, config_of
-from tests.golden import seeded
-from tests.golden.seeded import golden, published_state_dict, seeded_image
+from tests.golden.seeded import VARIANTS, golden, published_state_dict, seeded_image
 
-VARIANTS = [v for v in seeded.VARIANTS if "r101" not in v]
 # The DN-DETR repository's DINO noises wrongly: what it trains with is no reference.
 TRAINED = [v for v in VARIANTS if not v.startswith("dab_") and "dab_dino" not in v]
 

@@ -78,7 +78,7 @@ FORMATS = {
         tied=_OFFICIAL_TIED,
     ),
     "dn_dino": Format(
-        title="official DN-DETR repository's DINO",
+        title="DN-DETR repository's DINO",
         model="dn_dino",
         required=any_shape(
             "transformer.level_embed",
