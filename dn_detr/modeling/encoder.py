@@ -135,7 +135,9 @@ class DeformableEncoder(nn.Module):
         embed_dim: D.
         num_heads: attention heads.
         feedforward_dim: hidden width of the feed-forward blocks.
-        num_layers: number of layers; with 0 the features pass through as they are.
+        num_layers: number of layers; with 0 the features pass through as they are, and in front of
+            a deformable decoder the neck needs `level_embed=False`, or DistributedDataParallel
+            stops for want of its gradient.
         num_levels: feature levels.
         num_points: sampling points of a head in each level.
         activation: "relu" (published), "prelu" or "gelu".

@@ -60,7 +60,7 @@ class MultiLevelNeck(nn.Module):
             position codes in front of a deformable decoder.
 
     Raises:
-        ValueError: fewer levels than feature maps.
+        ValueError: fewer levels than feature maps; channels that the norms do not divide.
     """
 
     def __init__(
@@ -78,6 +78,11 @@ class MultiLevelNeck(nn.Module):
             raise ValueError(
                 f"neck: num_levels must be at least the number of in_features, {len(in_features)}, "
                 f"and that at least 1; got num_levels={num_levels}"
+            )
+        if embed_dim % norm_groups:
+            raise ValueError(
+                f"neck: embed_dim must be a multiple of norm_groups, {norm_groups}; got "
+                f"embed_dim={embed_dim}"
             )
         self.in_features = tuple(in_features)
         convolutions = [nn.Conv2d(channels, embed_dim, 1) for channels in in_features.values()]

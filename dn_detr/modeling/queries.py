@@ -255,9 +255,8 @@ def proposals(memory: Tokens, size: float = 0.05) -> tuple[Tensor, Tensor]:
         for level, number in enumerate(memory.level_sizes)
     ]
     boxes = torch.cat([centers, torch.cat(sizes).expand_as(centers)], dim=-1)
+    # Nothing on padding: centres are beyond 1 there.
     valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
-    if memory.padding_mask is not None:
-        valid = valid & ~memory.padding_mask
     return boxes.logit().where(valid[..., None], torch.inf), valid
 
 

@@ -39,10 +39,10 @@ def test_positions_code_the_level():
     neck, inputs = multi_level_neck(), make_inputs()
     position = neck(*inputs, padded=False).position
     with torch.no_grad():
-        neck.level_embed[1] += 5.0
+        neck.level_embed[2] += 5.0
     change = neck(*inputs, padded=False).position - position
     by_level = [level.unique().tolist() for level in change.round().split([192, 48, 12], dim=1)]
-    assert by_level == [[0.0], [5.0], [0.0]]
+    assert by_level == [[0.0], [0.0], [5.0]]
 
 
 def test_levels_need_not_be_coded():
@@ -84,6 +84,13 @@ def test_xavier_is_a_choice():
 def test_too_few_levels_are_refused(in_features, levels):
     with pytest.raises(ValueError, match="num_levels must be at least the number of in_features"):
         MultiLevelNeck(in_features, D, levels, SinePositionEncoding(D))
+
+
+def test_channels_have_to_fit_the_norms():
+    with pytest.raises(ValueError) as error:
+        MultiLevelNeck(dict(res5=7), 100, 1, SinePositionEncoding(100))
+    text = "neck: embed_dim must be a multiple of norm_groups, 32; got embed_dim=100"
+    assert str(error.value) == text
 
 
 def test_the_small_families_have_three_levels():
