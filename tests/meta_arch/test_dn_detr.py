@@ -86,6 +86,16 @@ def test_evaluation_gives_sorted_clipped_instances_of_the_output_size():
         )
 
 
+def test_only_a_padded_batch_has_a_mask():
+    """Attention without a mask is faster."""
+    model, masks = build().eval(), []
+    model.encoder.register_forward_pre_hook(lambda _, args: masks.append(args[0].padding_mask))
+    with torch.no_grad():
+        for sizes in (((96, 64), (96, 64)), ((96, 64), (64, 64))):
+            model.predict([make_input(*size) for size in sizes])
+    assert masks[0] is None and masks[1].any(1).tolist() == [False, True]
+
+
 def test_evaluation_does_not_need_instances_and_training_says_that_it_does():
     model, x = build(), make_input()
     del x["instances"]
