@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job, small: train a DN-DETR on the built-in shapes, evaluate it, draw what it finds.
+# The main job, small: train a DN-Deformable-DETR on the built-in shapes, evaluate it, draw what it finds.
 # `make demo` runs this after the set-up. It replaces output/demo, and only that.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
-config=projects/dn_detr/configs/shapes_demo.py
+config=projects/dn_deformable_detr/configs/shapes_demo.py
 output=output/demo
 
 # One thread a core, but no more than the small model can use; warnings of torch and detectron2

@@ -1,4 +1,4 @@
-"""The demo's config through the whole of training and evaluation, scaled down to seconds."""
+"""The demos' configs through the whole of training and evaluation, scaled down to seconds."""
 
 import json
 import os
@@ -17,7 +17,10 @@ from dn_detr.checkpoint.reading import CheckpointError
 from dn_detr.engine.main import main
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "projects" / "dn_detr" / "configs" / "shapes_demo.py")
+CONFIG, DEFORMABLE = (
+    str(ROOT / "projects" / family / "configs" / "shapes_demo.py")
+    for family in ("dn_detr", "dn_deformable_detr")
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +30,15 @@ def data(tmp_path_factory):
     return [f"dataset.root={root}", *generate]
 
 
-def options(folder, data, *overrides, flags=()):
+def options(folder, data, *overrides, flags=(), config=CONFIG):
     small = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
     small += ["dataloader.train.total_batch_size=4", "train.device=cpu", "train.log_period=1"]
-    given = ["--config-file", CONFIG, *flags, f"train.output_dir={folder}"]
+    given = ["--config-file", config, *flags, f"train.output_dir={folder}"]
     return [*given, *data, *small, *overrides]
 
 
-def run(folder, data, *overrides, flags=()):
-    given = options(folder, data, *overrides, flags=flags)
+def run(folder, data, *overrides, flags=(), config=CONFIG):
+    given = options(folder, data, *overrides, flags=flags, config=config)
     return main(default_argument_parser().parse_args(given))
 
 
@@ -44,9 +47,13 @@ def losses(folder):
     return [row for row in rows if "total_loss" in row]
 
 
-def test_train_resume_and_evaluate(data, tmp_path):
-    run(tmp_path, data, "train.max_iter=2", "train.amp.enabled=True", "train.accumulate=2")
-    results = run(tmp_path, data, "train.max_iter=3", "train.eval_period=2", flags=["--resume"])
+@pytest.mark.parametrize("config", [CONFIG, DEFORMABLE], ids=["dense", "deformable"])
+def test_train_resume_and_evaluate(config, data, tmp_path):
+    def run_it(folder, *overrides, flags=()):
+        return run(folder, data, *overrides, flags=flags, config=config)
+
+    run_it(tmp_path, "train.max_iter=2", "train.amp.enabled=True", "train.accumulate=2")
+    results = run_it(tmp_path, "train.max_iter=3", "train.eval_period=2", flags=["--resume"])
     rows = losses(tmp_path)
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert {"loss_ce", "loss_bbox_0", "loss_giou", "dn_loss_ce", "dn_loss_giou_0"} <= set(rows[0])
@@ -54,7 +61,7 @@ def test_train_resume_and_evaluate(data, tmp_path):
     assert {"AP", "AP50", "AP-circle", "AP-ring"} <= set(results["bbox"])
     assert set(results) == {"bbox", "bbox_ema"}
     weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
-    again = run(tmp_path / "eval", data, weights, flags=["--eval-only"])
+    again = run_it(tmp_path / "eval", weights, flags=["--eval-only"])
     for task in results:
         assert again[task] == pytest.approx(results[task], nan_ok=True)
 
