@@ -106,11 +106,13 @@ def measure(steps: dict[str, Step], device: torch.device, budget: float) -> list
         budget: seconds for the times of all of them; at least 3 rounds are made.
 
     Raises:
+        ValueError: a config or an override does not fit.
         OSError: on the CPU of another system than Linux.
         RuntimeError: a step failed.
     """
-    memory = {name: _memory(step, device) for name, step in steps.items()}
+    # First: a mistake in a config would come from the other process with its whole traceback.
     calls = {name: (lambda: None, step.call(device)) for name, step in steps.items()}
+    memory = {name: _memory(step, device) for name, step in steps.items()}
     times = measuring.interleaved(calls, device, budget)
     return [Row(name, times[name], memory[name]) for name in steps]
 

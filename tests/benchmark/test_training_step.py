@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from dn_detr.benchmark.training_step import Row, Step, table  # noqa: E402
+from dn_detr.benchmark.training_step import Row, Step, measure, table  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "projects/dn_detr/configs/shapes_demo.py"
@@ -51,5 +51,5 @@ def test_the_command_line():
 
 def test_an_unknown_key_is_named():
     step = Step(str(ROOT / CONFIG), ("model.encoder.leyers=1",), 1, 64, 64, 1)
-    with pytest.raises(ValueError, match="leyers"):
-        step.model(torch.device("cpu"))
+    with pytest.raises(ValueError, match="^unknown key model.encoder.leyers"):
+        measure({"wrong": step}, torch.device("cpu"), budget=1)
