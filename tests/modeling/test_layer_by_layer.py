@@ -116,3 +116,11 @@ def test_evaluation_keeps_nothing_for_a_backward_pass():
     with torch.no_grad():
         outputs = model.decoder(model.queries(tokens), tokens, model.heads.refine)
     assert not any(x.requires_grad for x in outputs)
+
+
+def test_checkpointing_does_not_hold_the_values_of_all_layers():
+    for switch in (False, True):
+        model = Transformer("deformable", activation_checkpointing=switch)
+        tokens = make_tokens(SHAPES)
+        _, values, _ = model.decoder.prepare(tokens)
+        assert all((value is tokens.features) == switch for value in values)
