@@ -16,10 +16,15 @@ from pathlib import Path
 import pytest
 
 from dn_detr.engine.config import load_config
+from dn_detr.engine.overrides import ConfigError
 from dn_detr.requirements import DETECTRON2_SOURCE
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ("README.md", "projects/dn_detr/README.md", "projects/plain_pytorch/README.md")
+READMES = (
+    "README.md",
+    "MODEL_ZOO.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("projects/*/README.md")),
+)
 CONFIG = "projects/dn_detr/configs/dn_detr_r50_50ep.py"
 PLACEHOLDERS = {"CONFIG": CONFIG, "IMAGE_OR_FOLDER...": "image.jpg"}
 KEY_AND_VALUE = r"`((?:model|dataset|dataloader|optimizer|train)\.[\w.]+=[^`]+)`"
@@ -84,13 +89,26 @@ def test_a_command_parses(words, arguments_only, monkeypatch) -> None:
     assert script.is_file()
     args = arguments_only(script, arguments)
     if "config_file" in args:
-        load_config(args.config_file, args.opts)
+        variants = (
+            [overrides for _, overrides in args.variant] if "variant" in args else [args.opts]
+        )
+        for overrides in variants:
+            load_config(args.config_file, list(overrides))
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_keys_and_values_in_the_text_exist(readme) -> None:
+    """In some config of the README's family; in the README of all, in the first family's."""
+    configs = sorted((ROOT / readme).parent.glob("configs/*.py")) or [ROOT / CONFIG]
     for overrides in re.findall(KEY_AND_VALUE, text_of(readme)):
-        load_config(str(ROOT / CONFIG), overrides.split())
+        unknown = []
+        for config in configs:
+            try:
+                load_config(str(config), overrides.split())
+                break
+            except ConfigError as error:
+                unknown.append(error)
+        assert len(unknown) < len(configs), unknown[0]
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_zoo_lists_every_config_with_its_parameters():
     rows = re.findall(
-        r"^\| \[[\w/]+\]\((projects/\S+\.py)\) \|.*?\| ([\d.]+) \|",
+        r"^\| \[[\w/]+\]\((projects/\S+\.py)\) \|.*?\| (\d+\.\d\d) \|",
         (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8"),
         flags=re.MULTILINE,
     )
