@@ -113,9 +113,23 @@ def test_levels_are_weighed_by_the_query_of_the_self_attention():
 
 def test_evaluation_keeps_nothing_for_a_backward_pass():
     model, tokens = make("dino", padded=False)
+    refined = []
+
+    def refine(*args):
+        refined.append(model.heads.refine(*args))
+        return refined[-1]
+
     with torch.no_grad():
-        outputs = model.decoder(model.queries(tokens), tokens, model.heads.refine)
-    assert not any(x.requires_grad for x in outputs)
+        model.decoder(model.queries(tokens), tokens, refine)
+    assert len(refined) == 2 and not any(boxes.requires_grad for boxes in refined)
+
+
+def test_checkpointing_reads_no_state_of_random_numbers(monkeypatch):
+    """On an accelerator that waits."""
+    model, tokens = Transformer("dino", activation_checkpointing=True), make_tokens(SHAPES)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    boxes = model.predict(model.encoder(tokens)).boxes
+    boxes.sum().backward()
 
 
 def test_checkpointing_does_not_hold_the_values_of_all_layers():
