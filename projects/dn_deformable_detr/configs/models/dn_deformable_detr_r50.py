@@ -30,6 +30,7 @@ model = L(DNDETR)(
         in_features=dict(res3=512, res4=1024, res5=2048),
         embed_dim=256,
         num_levels=4,
+        level_embed=True,  # False where model.encoder.num_layers=0: nothing reads it
         position_encoding=L(SinePositionEncoding)(
             embed_dim="${..embed_dim}", temperature=10000, offset=-0.5
         ),
