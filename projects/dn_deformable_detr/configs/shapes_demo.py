@@ -6,3 +6,5 @@ from .models.small_dn_deformable_detr import model
 
 optimizer.lr = 5e-4
 optimizer.params.lr_factor_func.factor = 4.0
+
+train.output_dir = "./output/deformable_shapes_demo"

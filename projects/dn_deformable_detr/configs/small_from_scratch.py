@@ -11,3 +11,5 @@ from .shapes_demo import lr_multiplier, optimizer
 model.backbone.update(strides=[1, 2, 2], num_outputs=2)
 model.neck.in_features = dict(res3=64, res4=128)  # strides 8 and 16: 40 x 30 and 20 x 15 tokens
 model.queries.num_queries = 100
+
+train.output_dir = "./output/deformable_small_from_scratch"
