@@ -1,5 +1,6 @@
 """Necks: feature maps of a backbone -> tokens of a transformer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,13 +19,20 @@ class SingleLevelNeck(nn.Module):
         in_channels: its channels.
         embed_dim: D.
         position_encoding: module, padding mask [B, h, w] -> code [B, h, w, D].
+        exact_mask: see `cell_mask`.
     """
 
     def __init__(
-        self, in_feature: str, in_channels: int, embed_dim: int, position_encoding: nn.Module
+        self,
+        in_feature: str,
+        in_channels: int,
+        embed_dim: int,
+        position_encoding: nn.Module,
+        exact_mask: bool = True,
     ):
         super().__init__()
         self.in_feature = in_feature
+        self.exact_mask = exact_mask
         self.projection = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
         self.position_encoding = position_encoding
 
@@ -36,7 +44,9 @@ class SingleLevelNeck(nn.Module):
             padded: whether any image is padded, as the host knows.
         """
         feature = self.projection(features[self.in_feature])
-        tokens = flatten_levels([feature], padding_mask, padded, self.position_encoding)
+        tokens = flatten_levels(
+            [feature], padding_mask, padded, self.position_encoding, self.exact_mask
+        )
         # As the weights, not as the feature: autocast must not make it narrower.
         return replace(tokens, position=tokens.position.to(self.projection.weight.dtype))
 
@@ -58,6 +68,7 @@ class MultiLevelNeck(nn.Module):
             encoder-only model, which has PyTorch's own start).
         level_embed: False leaves the learned vectors out: without an encoder layer, nothing reads
             position codes in front of a deformable decoder.
+        exact_mask: see `cell_mask`.
 
     Raises:
         ValueError: fewer levels than feature maps; channels that the norms do not divide.
@@ -72,6 +83,7 @@ class MultiLevelNeck(nn.Module):
         norm_groups: int = 32,
         xavier: bool = True,
         level_embed: bool = True,
+        exact_mask: bool = True,
     ):
         super().__init__()
         if not 1 <= len(in_features) <= num_levels:
@@ -85,6 +97,7 @@ class MultiLevelNeck(nn.Module):
                 f"embed_dim={embed_dim}"
             )
         self.in_features = tuple(in_features)
+        self.exact_mask = exact_mask
         convolutions = [nn.Conv2d(channels, embed_dim, 1) for channels in in_features.values()]
         channels = list(in_features.values())[-1]
         for _ in range(num_levels - len(in_features)):
@@ -109,7 +122,9 @@ class MultiLevelNeck(nn.Module):
         levels = []
         for index, projection in enumerate(self.projections):
             levels.append(projection(sources[index] if index < len(sources) else levels[-1]))
-        tokens = flatten_levels(levels, padding_mask, padded, self.position_encoding)
+        tokens = flatten_levels(
+            levels, padding_mask, padded, self.position_encoding, self.exact_mask
+        )
         dtype = self.projections[0][0].weight.dtype
         if self.level_embed is None:
             return replace(tokens, position=tokens.position.to(dtype))
@@ -119,19 +134,47 @@ class MultiLevelNeck(nn.Module):
 
 
 def flatten_levels(
-    levels: Sequence[Tensor], padding_mask: Tensor, padded: bool, position_encoding: nn.Module
+    levels: Sequence[Tensor],
+    padding_mask: Tensor,
+    padded: bool,
+    position_encoding: nn.Module,
+    exact_mask: bool,
 ) -> Tokens:
     """Feature maps [B, D, h, w] as one sequence of tokens; see the necks for the other arguments.
 
     The position codes are in float32.
     """
     shapes = tuple(tuple(level.shape[-2:]) for level in levels)
-    # Nearest, as published; a cell counts as image where its first pixel does.
-    image_mask = padding_mask[:, None].float()
-    masks = [interpolate(image_mask, size=shape)[:, 0] > 0.5 for shape in shapes]
+    masks = [cell_mask(padding_mask, shape, exact_mask) for shape in shapes]
     return Tokens(
         features=torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1),
         position=torch.cat([position_encoding(mask).flatten(1, 2) for mask in masks], dim=1),
         padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None,
         shapes=shapes,
     )
+
+
+def cell_mask(padding_mask: Tensor, shape: tuple[int, int], exact: bool) -> Tensor:
+    """Which cells of a feature map are padding: those whose first pixel is.
+
+    Published code takes that pixel by nearest interpolation, which spreads the cells evenly over
+    the padded image. Where its side is no multiple of the stride, cells are larger than that, and
+    an image that is padded gets up to one cell more, and its coordinates another scale, than
+    alone. With strides of powers of two the exact place is known.
+
+    Args:
+        padding_mask: [B, H, W] bool of the images.
+        shape: (h, w) of the feature map.
+        exact: False for the published way.
+
+    Returns:
+        [B, h, w] bool
+    """
+    strides = [
+        2 ** math.ceil(math.log2(side / cells))
+        for side, cells in zip(padding_mask.shape[1:], shape)
+    ]
+    mask = padding_mask[:, :: strides[0], :: strides[1]]
+    if exact and tuple(mask.shape[1:]) == tuple(shape):
+        return mask
+    return interpolate(padding_mask[:, None].float(), size=shape)[:, 0] > 0.5

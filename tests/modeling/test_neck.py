@@ -5,6 +5,7 @@ import torch
 
 from dn_detr.layers import SinePositionEncoding
 from dn_detr.modeling import MultiLevelNeck
+from dn_detr.modeling.neck import cell_mask
 from tests.modeling.families import LEVELS, D, make_inputs, multi_level_neck
 
 
@@ -78,6 +79,35 @@ def test_xavier_is_a_choice():
     for xavier in (True, False):
         neck = MultiLevelNeck(*args, xavier=xavier)
         assert all((conv.bias == 0).all() == xavier for conv, _ in neck.projections)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+@pytest.mark.parametrize("padded", [(300, 400), (301, 337), (640, 512), (65, 63)])
+def test_a_padded_image_has_as_many_cells_as_alone(stride, padded):
+    """Whatever the size of its batch; convolutions give ceil(side / stride) cells."""
+    shape = tuple(-(-side // stride) for side in padded)
+    for height, width in ((240, 320), (33, 61), (64, 17), (1, 1)):
+        size = min(height, padded[0]), min(width, padded[1])
+        mask = torch.ones(1, *padded, dtype=torch.bool)
+        mask[:, : size[0], : size[1]] = False
+        inside = ~cell_mask(mask, shape, exact=True)[0]
+        assert inside.shape == shape
+        assert inside[:, 0].sum() == -(-size[0] // stride)
+        assert inside[0].sum() == -(-size[1] // stride)
+
+
+def test_the_published_mask_gives_a_padded_image_a_cell_more():
+    mask = torch.zeros(1, 300, 400, dtype=torch.bool)
+    mask[:, 240:] = True
+    cells = [(~cell_mask(mask, (19, 25), exact)[0, :, 0]).sum().item() for exact in (True, False)]
+    assert cells == [15, 16]
+
+
+def test_strides_that_are_no_powers_of_two_are_masked_as_published():
+    mask = torch.zeros(1, 70, 140, dtype=torch.bool)
+    mask[:, :, 71:] = True
+    inside = ~cell_mask(mask, (5, 10), exact=True)  # stride 14
+    assert inside.shape == (1, 5, 10) and inside[0, 0].sum() == 6
 
 
 @pytest.mark.parametrize("in_features, levels", [({}, 1), (dict(res4=5, res5=7), 1)])

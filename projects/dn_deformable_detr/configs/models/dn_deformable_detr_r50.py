@@ -34,6 +34,7 @@ model = L(DNDETR)(
         position_encoding=L(SinePositionEncoding)(
             embed_dim="${..embed_dim}", temperature=10000, offset=-0.5
         ),
+        exact_mask=False,  # as published; True: padded images have the coordinates they have alone
     ),
     encoder=L(DeformableEncoder)(
         embed_dim="${..neck.embed_dim}",

@@ -14,6 +14,7 @@ from .dn_deformable_detr_r50 import model
 model.backbone = L(build_small_resnet)(channels=[32, 64, 128], blocks=[1, 2, 2], strides=[1, 2, 1])
 model.neck.update(embed_dim=128, num_levels=2)
 model.neck.in_features = dict(res4=128)
+model.neck.exact_mask = True
 model.encoder.update(num_heads=4, feedforward_dim=256, num_layers=1)
 model.queries = L(ProposalQueries)(
     num_queries=40,

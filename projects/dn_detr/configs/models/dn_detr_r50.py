@@ -32,6 +32,7 @@ model = L(DNDETR)(
         in_channels=2048,
         embed_dim=256,
         position_encoding=L(SinePositionEncoding)(embed_dim="${..embed_dim}", temperature=20),
+        exact_mask=False,  # as published; True: padded images have the coordinates they have alone
     ),
     encoder=L(DABEncoder)(
         embed_dim="${..neck.embed_dim}",
