@@ -7,6 +7,6 @@ from .models.small_dn_deformable_detr import model
 optimizer.lr = 5e-4
 optimizer.params.lr_factor_func.factor = 4.0
 
-train.max_iter = 1300  # a step takes a third longer than the dense demo's
-train.eval_period = 650
+train.max_iter = 1500
+train.eval_period = 750
 train.output_dir = "./output/deformable_shapes_demo"
