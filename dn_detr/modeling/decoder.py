@@ -1,6 +1,7 @@
 """What all decoders share: anchors that are refined from layer to layer (DAB-DETR, ICLR 2022)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from dn_detr.layers import MLP, FeedForward, checkpointing, encode_anchors
 from dn_detr.modeling.structures import Queries, Tokens
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module, ABC):
     """Self-attention, cross-attention and feed-forward block, a LayerNorm behind each residual.
 
     Args:
@@ -38,9 +39,9 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(embed_dim, feedforward_dim, activation)
         self.norm3 = nn.LayerNorm(embed_dim)
 
+    @abstractmethod
     def attend(self, content: Tensor, position: Tensor, *context: Any) -> Tensor:
         """Cross-attention: content, position [B, Q, D] -> [B, Q, D]"""
-        raise NotImplementedError
 
     def forward(
         self, content: Tensor, position: Tensor, allowed: Tensor | None, *context: Any
@@ -59,7 +60,7 @@ class DecoderLayer(nn.Module):
         return self.norm3(content + self.ffn(content))
 
 
-class AnchorDecoder(nn.Module):
+class AnchorDecoder(nn.Module, ABC):
     """The loop over layers.
 
     In every layer:
@@ -113,13 +114,13 @@ class AnchorDecoder(nn.Module):
         )
         return code, self.anchor_position(code.to(self.anchor_position.layers[0].weight.dtype))
 
+    @abstractmethod
     def prepare(self, memory: Tokens) -> Any:
         """What `guide` needs of the memory, made once for all layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def guide(self, index: int, content: Tensor, anchors: Tensor, prepared: Any) -> tuple:
         """Position [B, Q, D] and context of layer `index`; anchors [B, Q, 4]."""
-        raise NotImplementedError
 
     def forward(
         self, queries: Queries, memory: Tokens, refine: Callable[[int, Tensor, Tensor], Tensor]

@@ -4,6 +4,7 @@ Dense (DAB-DETR, Liu et al., ICLR 2022), or deformable over several levels (Defo
 al., ICLR 2021).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from dn_detr.modeling.initialization import xavier_uniform
 from dn_detr.modeling.structures import Tokens
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(nn.Module, ABC):
     """Self-attention and feed-forward block, each with a residual and a LayerNorm behind it.
 
     Args:
@@ -31,9 +32,9 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(embed_dim, feedforward_dim, activation)
         self.norm2 = nn.LayerNorm(embed_dim)
 
+    @abstractmethod
     def attend(self, query: Tensor, value: Tensor, *context: Any) -> Tensor:
         """query, value [B, S, D] -> [B, S, D]"""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, position: Tensor, *context: Any) -> Tensor:
         """x, position [B, S, D] -> [B, S, D]; `context` is what `attend` needs beside them."""

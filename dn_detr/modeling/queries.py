@@ -4,6 +4,7 @@ Learned 4-D anchors with content (DAB-DETR), or anchors that the encoder propose
 denoising (DN-DETR), the noised queries go in front.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ CONTENTS = ("unknown_label", "learned", "zeros")
 ANCHOR_INITS = ("normal", "uniform_centers", "grid")
 
 
-class QuerySource(nn.Module):
+class QuerySource(nn.Module, ABC):
     """Puts noised ground truth in front of the matching queries that a subclass makes.
 
     The content of a denoising query is the embedding of its noised label; its anchor is its noised
@@ -51,9 +52,9 @@ class QuerySource(nn.Module):
             self.label_embed = nn.Embedding(num_classes + 1, embed_dim - int(indicator))
             nn.init.normal_(self.label_embed.weight, std=label_std)
 
+    @abstractmethod
     def matching(self, memory: Tokens) -> Queries:
         """The matching queries of a batch."""
-        raise NotImplementedError
 
     def forward(self, memory: Tokens, noised: NoisedTargets | None = None) -> Queries:
         """Queries of a batch: ``[denoising slots | matching queries]``.
