@@ -5,7 +5,6 @@
 
 from detectron2.config import LazyCall as L
 
-from dn_detr.denoising import DenoisingGenerator
 from dn_detr.layers import SinePositionEncoding
 from dn_detr.meta_arch import DNDETR, build_resnet
 from dn_detr.modeling import (
@@ -13,10 +12,10 @@ from dn_detr.modeling import (
     DeformableDecoder,
     DeformableEncoder,
     DetectionHeads,
-    HungarianMatcher,
     MultiLevelNeck,
-    SetCriterion,
 )
+
+from ....dn_detr.configs.models.dn_detr_r50 import model as dense
 
 model = L(DNDETR)(
     num_classes=None,  # null: from the data; 91: classes are COCO category ids, as published
@@ -72,24 +71,8 @@ model = L(DNDETR)(
         num_layers="${..decoder.num_layers}",  # one of each for every decoder layer
         size_bias=-2.0,
     ),
-    criterion=L(SetCriterion)(
-        # The class cost of the matcher is twice the class loss weight: both as published.
-        matcher=L(HungarianMatcher)(class_cost=2.0, bbox_cost=5.0, giou_cost=2.0),
-        ce_weight=1.0,
-        bbox_weight=5.0,
-        giou_weight=2.0,
-        dn_normalizer="local",  # as published; "global" counts every noised box alike
-    ),
-    denoising=L(DenoisingGenerator)(
-        num_classes="${..num_classes}",
-        groups=5,
-        budget=500,  # five groups up to 100 objects, which is all of COCO, then fewer
-        label_noise=0.2,
-        center_noise=0.4,
-        size_noise=0.4,
-        # As published; True makes outputs independent of the other images' objects.
-        mask_unused=False,
-    ),
+    criterion=dense.criterion,
+    denoising=dense.denoising,
     detections_per_image=300,  # published: 100, where all relatives keep 300
     detect_one_by_one=True,  # False: a batch as one, whose padding moves smaller images a little
 )
