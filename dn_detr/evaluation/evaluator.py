@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from typing import Any
 
 from dn_detr.requirements import require_detectron2
@@ -15,6 +16,8 @@ from detectron2.utils import comm  # noqa: E402
 
 from dn_detr.data.check import complete_annotations  # noqa: E402
 from dn_detr.data.datasets import register_coco  # noqa: E402
+from dn_detr.engine.distributed import on_main_process  # noqa: E402
+from dn_detr.evaluation.checking import Collected, find_faults, merge  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,11 @@ def build_evaluator(
 
 
 class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator for any COCO-format file.
+    """COCOEvaluator for any COCO-format file, that gives the AP of all images or none.
 
     A model that finds nothing gets AP 0, not NaN or nothing; what annotations may leave out
     (``iscrowd``, ``area``) is filled in as for training, where pycocotools would stop; annotation
-    ids may be any that training takes.
+    ids may be any that training takes. What `dn_detr.evaluation.checking` refuses has no AP.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,9 +70,46 @@ class BoxEvaluator(COCOEvaluator):
         with contextlib.redirect_stdout(None):  # it prints
             self._coco_api.createIndex()
 
-    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
-        results = super().evaluate(img_ids)
-        if not results and comm.is_main_process() and self._do_evaluation:
+    def reset(self) -> None:
+        super().reset()
+        self._faults: dict[str, list[Any]] = {}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to(self._cpu_device)
+            super().process([image], [{"instances": instances}])
+            for fault in find_faults(instances, len(self._metadata.thing_classes)):
+                self._faults.setdefault(fault, []).append(image["image_id"])
+
+    def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
+        """Computes AP; all processes have to get here.
+
+        Args:
+            img_ids: the images to evaluate, each of them predicted once; None: all of the file.
+
+        Returns:
+            see `build_evaluator`.
+
+        Raises:
+            EvaluationError: in the main process, with the number and ids of images that are
+                missing, repeated, unknown, or predicted with values that cannot be compared.
+            SharedError: in the others.
+        """
+        own = Collected(self._predictions, self._faults)
+        if not self._distributed:
+            return self._evaluate([own], img_ids)
+        results = on_main_process(self._evaluate, comm.gather(own), img_ids)
+        return results if comm.is_main_process() else {}
+
+    def _evaluate(self, collected: list[Collected], img_ids: list[Any] | None) -> dict[str, Any]:
+        wanted = self._coco_api.getImgIds() if img_ids is None else img_ids
+        self._predictions = merge(collected, wanted, self._metadata.json_file)
+        is_distributed, self._distributed = self._distributed, False  # all is here
+        try:
+            results = super().evaluate(img_ids)
+        finally:
+            self._distributed = is_distributed
+        if not results and self._do_evaluation:
             return {"bbox": self._nothing_found()}
         return results
 
@@ -88,5 +128,11 @@ class BoxEvaluator(COCOEvaluator):
         return dict.fromkeys([*METRICS, *names], 0.0)
 
     def _category_names(self) -> list[str]:
+        """In the order of the ids; a name of several categories comes with the id."""
         api = self._coco_api
-        return [category["name"] for category in api.loadCats(sorted(api.getCatIds()))]
+        categories = api.loadCats(sorted(api.getCatIds()))
+        count = Counter(category["name"] for category in categories)
+        return [
+            c["name"] if count[c["name"]] == 1 else f"{c['name']} (id {c['id']})"
+            for c in categories
+        ]

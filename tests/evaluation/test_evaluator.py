@@ -1,4 +1,4 @@
-"""Box AP from pycocotools."""
+"""Box AP from pycocotools, and what is refused before it is computed."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from dn_detr.evaluation.checking import Collected, EvaluationError, merge
 from dn_detr.evaluation.evaluator import build_evaluator
 
 BOXES = {1: [[10, 10, 30, 20], [40, 40, 20, 20]], 2: [[5, 50, 40, 30]], 3: []}  # xywh
@@ -38,17 +39,18 @@ def dataset(tmp_path):
     return str(path), content
 
 
-def evaluate(path, detections, **kwargs):
-    """detections: image id -> list of (xyxy box, score, class)."""
+def evaluate(path, detections, img_ids=None, repeat=(), **kwargs):
+    """detections: image id -> list of (xyxy box, score, class); repeat: ids to process again."""
     evaluator = build_evaluator(path, "images", **kwargs)
     evaluator.reset()
-    for image, found in detections.items():
+    for image in [*detections, *repeat]:
+        found = detections[image]
         instances = Instances((100, 100))
         instances.pred_boxes = Boxes(torch.tensor([f[0] for f in found]).reshape(-1, 4).float())
         instances.scores = torch.tensor([float(f[1]) for f in found])
         instances.pred_classes = torch.tensor([f[2] for f in found], dtype=torch.long)
         evaluator.process([{"image_id": image}], [{"instances": instances}])
-    return evaluator.evaluate()
+    return evaluator.evaluate(img_ids)
 
 
 def perfect(content, class_of, shift=0):
@@ -92,13 +94,144 @@ def test_figures_are_those_of_pycocotools(dataset, tmp_path):
         assert results[name] == pytest.approx(100 * reference.stats[index])
 
 
-@pytest.mark.parametrize("detections", [{1: [], 2: [], 3: []}, {}])
-def test_no_detection_is_ap_0_and_said(dataset, detections, caplog, monkeypatch):
+@pytest.mark.fault(64)
+def test_no_detection_is_ap_0_and_said(dataset, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
     path, _ = dataset
-    results = evaluate(path, detections)["bbox"]
+    results = evaluate(path, {1: [], 2: [], 3: []})["bbox"]
     assert results["AP"] == results["AP50"] == results["AP-c7"] == 0.0
     assert "The model predicts no box in any image: AP is 0." in caplog.text
+
+
+BOX, NAN, INF = [10.0, 10.0, 40.0, 30.0], float("nan"), float("inf")
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize(
+    "found, parts",
+    [
+        (([NAN, 10, 40, 30], 0.9, 0), ["boxes that are NaN or infinite", "train.amp"]),
+        (([10, 10, INF, 30], 0.9, 0), ["boxes that are NaN or infinite", "NaN in the weights"]),
+        (([40, 10, 10, 30], 0.9, 0), ["boxes with a negative side"]),
+        ((BOX, NAN, 0), ["scores that are NaN or infinite"]),
+        ((BOX, -INF, 0), ["scores that are NaN or infinite"]),
+        ((BOX, 0.9, 3), ["classes outside 0..2", "model.num_classes"]),
+        ((BOX, 0.9, -1), ["classes outside 0..2"]),
+    ],
+)
+def test_values_that_cannot_be_compared_have_no_ap(dataset, tmp_path, found, parts):
+    path, content = dataset
+    detections = perfect(content, {2: 0, 5: 1, 7: 2})
+    detections[2] += [found, found]
+    with pytest.raises(EvaluationError) as info:
+        evaluate(path, detections, output_dir=str(tmp_path / "out"))
+    lines = str(info.value).splitlines()
+    assert len(lines) == 2 and path in lines[0] and "3 images" in lines[0]
+    assert lines[1].startswith("- image 2: ")
+    for part in parts:
+        assert part in lines[1]
+    assert not (tmp_path / "out").exists()  # nothing of an earlier evaluation is replaced
+
+
+def test_a_class_without_a_category_is_legal_where_classes_are_ids(dataset):
+    """COCO's 91 classes: pycocotools passes over the 11 gaps."""
+    path, content = dataset
+    detections = perfect(content, {i: i for i in (2, 5, 7)})
+    detections[3] = [(BOX, 0.9, 6)]
+    assert evaluate(path, detections, num_classes=8)["bbox"]["AP"] == pytest.approx(100)
+    with pytest.raises(EvaluationError, match=r"classes outside 0\.\.7"):
+        evaluate(path, {**detections, 3: [(BOX, 0.9, 8)]}, num_classes=8)
+
+
+@pytest.mark.fault(64)
+def test_every_image_has_to_be_predicted_once(dataset):
+    path, content = dataset
+    detections = perfect(content, {2: 0, 5: 1, 7: 2})
+    with pytest.raises(EvaluationError) as info:
+        evaluate(path, {9: [], 2: detections[2]}, repeat=[2])
+    head, *lines = str(info.value).splitlines()
+    assert "3 images" in head and "1 process)" in head
+    assert [line[: line.index(". ") + 1] for line in lines] == [
+        "- 2 images (1, 3): no prediction.",
+        "- image 9: not among those to evaluate.",
+        "- image 2: predicted twice by one process.",
+    ]
+    assert "evaluate(img_ids=...)" in lines[0] and "dataloader.evaluator" in lines[1]
+    with pytest.raises(EvaluationError, match="3 images .*: no prediction"):
+        evaluate(path, {})
+
+
+def test_a_part_of_the_images_can_be_asked_for(dataset):
+    path, content = dataset
+    detections = perfect(content, {2: 0, 5: 1, 7: 2})
+    part = {image: detections[image] for image in (2, 3)}
+    assert evaluate(path, part, img_ids=[2, 3])["bbox"]["AP"] == pytest.approx(100)
+    with pytest.raises(EvaluationError, match="image 1: not among those to evaluate"):
+        evaluate(path, detections, img_ids=[2, 3])
+    with pytest.raises(EvaluationError, match="image 3: no prediction"):
+        evaluate(path, {2: part[2]}, img_ids=[2, 3])
+
+
+def collected(*images_by_process, faults=()):
+    """One prediction for every id; it says which process it is from."""
+    return [
+        Collected([{"image_id": i, "instances": [rank]} for i in images], dict(faults))
+        for rank, images in enumerate(images_by_process)
+    ]
+
+
+@pytest.mark.fault(64)
+@pytest.mark.fault(65)
+@pytest.mark.parametrize(
+    "processes, images",
+    [
+        ([[0, 2, 4], [1, 3, 0]], 5),  # torch's DistributedSampler on 5 images and 2 processes
+        ([[0, 3], [1, 4], [2, 0]], 5),
+        ([[0], [0], [0]], 1),
+        ([[0], [1], [0], [1]], 2),
+        ([[0], []], 1),  # detectron2's InferenceSampler
+    ],
+)
+def test_repetitions_that_even_out_processes_count_once(processes, images):
+    merged = merge(collected(*processes), range(images), "val.json")
+    assert sorted(p["image_id"] for p in merged) == list(range(images))
+    first = {i: next(r for r, ids in enumerate(processes) if i in ids) for i in range(images)}
+    assert {p["image_id"]: p["instances"][0] for p in merged} == first
+
+
+@pytest.mark.fault(64)
+@pytest.mark.parametrize(
+    "processes, part",
+    [
+        ([[0, 1, 2], [0, 1, 2]], r"3 images \(0, 1, 2\): predicted by several processes"),
+        ([[0, 1, 2, 0], []], "image 0: predicted twice by one process"),
+        ([[0, 1, 1], [2, 1]], "image 1: predicted twice by one process"),
+    ],
+)
+def test_other_repetitions_are_refused(processes, part):
+    with pytest.raises(EvaluationError, match=part):
+        merge(collected(*processes), range(3), "val.json")
+
+
+def test_of_many_images_the_first_ids_are_shown():
+    with pytest.raises(EvaluationError) as info:
+        merge(collected([5], range(5, 300)), range(1000), "val.json")
+    assert "705 images (0, 1, 2, 3, 4, 300, 301, 302, 303, 304, ...): no pred" in str(info.value)
+    faults = {"boxes that are NaN": [7, 3, 7]}
+    with pytest.raises(EvaluationError, match=r"2 images \(3, 7\): boxes that are NaN"):
+        merge(collected(range(9), faults=faults), range(9), "val.json")
+
+
+@pytest.mark.fault(42)
+def test_categories_of_one_name_have_results_of_their_own(dataset):
+    path, content = dataset
+    for category in content["categories"]:
+        category["name"] = "cat" if category["id"] > 2 else "dog"
+    Path(path).write_text(json.dumps(content))
+    expected = {"AP-dog", "AP-cat (id 5)", "AP-cat (id 7)"}
+    for detections in (perfect(content, {2: 0, 5: 1, 7: 2}), {1: [], 2: [], 3: []}):
+        results = evaluate(path, detections)["bbox"]
+        assert {name for name in results if "-" in name} == expected
 
 
 def test_annotations_without_iscrowd_and_area_are_evaluated(dataset):
