@@ -4,6 +4,8 @@ Shape letters: L layers, B images, Q queries (decoder) or tokens (encoder), C cl
 targets an image.
 """
 
+import logging
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -15,6 +17,8 @@ from torchvision.ops import box_convert
 from dn_detr.layers import Assignment, Targets, generalized_box_iou
 from dn_detr.modeling.structures import Predictions
 
+logger = logging.getLogger(__name__)
+
 # From this number of queries on, only candidates go to the host. Solving for 2 images with 30
 # objects each, in ms on one CPU core, by all pairs | candidates: 0.6 | 1.2 for 900 queries, 1.3 |
 # 1.4 for 2,000, 3.9 | 1.7 for 8,000, 7.8 | 2.8 for 22,000, where 5.3 MB shrink to 14 kB.
@@ -23,6 +27,9 @@ MANY_QUERIES = 2000
 # Costs are computed for at most about so many pairs at a time. Intermediate results take some 60
 # bytes a pair, 250 MB in all; 22,000 tokens with 500 objects in each of 2 images would take 1 GB.
 MAX_PAIRS = 2**22
+
+# A cost below all others that SciPy's sums still hold; what is not finite has it.
+CHEAPEST = -1e30
 
 
 class HungarianMatcher:
@@ -33,6 +40,9 @@ class HungarianMatcher:
     2. One hand-over of all costs to the CPU, the only place where training waits for the
        accelerator. Of many tokens only each object's candidates go, see `candidates`.
     3. SciPy's solver on each layer and image.
+
+    A pair whose cost is NaN or infinite counts as cheapest: it is assigned, so that the loss is not
+    finite either and all processes can stop alike. A warning names layer and image, once.
 
     Args:
         class_cost, bbox_cost, giou_cost: weights of the terms (published: 2, 5, 2; the class *loss*
@@ -53,6 +63,7 @@ class HungarianMatcher:
         self.giou_cost = giou_cost
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self._warned = False
 
     @torch.no_grad()
     def __call__(
@@ -66,17 +77,15 @@ class HungarianMatcher:
         Returns:
             Assignments of the decoder, [L, B, min(M, Q)] pairs, and of the encoder, L = 1 (None
             without its predictions), on the device of the predictions.
-
-        Raises:
-            ValueError: a cost that is not finite, naming layer (or encoder) and image.
         """
         parts = {"decoder layer {}": predictions}
         if predictions.encoder is not None:
             parts["the encoder"] = predictions.encoder
         on_host = _hand_over([self.candidates(part, targets) for part in parts.values()])
+        for where, (costs, *_) in zip(parts, on_host):
+            self._settle(where, costs, targets.counts)
         decoder, *encoder = [
-            _assign(where, part, targets.counts, *costs)
-            for (where, part), costs in zip(parts.items(), on_host)
+            _assign(part, targets.counts, *costs) for part, costs in zip(parts.values(), on_host)
         ]
         return decoder, encoder[0] if encoder else None
 
@@ -134,6 +143,24 @@ class HungarianMatcher:
             - self.giou_cost * giou
         )
 
+    def _settle(self, where: str, costs: np.ndarray, counts: tuple[int, ...]) -> None:
+        """Makes what is not finite `CHEAPEST`, in place: SciPy refuses NaN."""
+        bad = ~np.isfinite(costs)
+        if not bad.any():
+            return
+        costs[bad] = CHEAPEST
+        padding = np.arange(costs.shape[2]) >= np.array(counts)[:, None]
+        places = np.argwhere(bad.any(-1) & ~padding)
+        if len(places) and not self._warned:
+            self._warned = True
+            layer, image, _ = places[0]
+            logger.warning(
+                f"matching: in {where.format(layer)} a cost of image {image} of the batch is NaN "
+                "or infinite, and so is the loss: the model's outputs, or the boxes of that image, "
+                "are not finite. A smaller optimizer.lr or train.amp.enabled=False may help. This "
+                "is said once."
+            )
+
     def _focal_cost(self, logits: Tensor) -> Tensor:
         """Focal loss of the class being present less that of its being absent."""
         p = logits.sigmoid()
@@ -152,7 +179,6 @@ def _hand_over(groups: list[tuple[Tensor, ...]]) -> list[list[np.ndarray]]:
 
 
 def _assign(
-    where: str,
     predictions: Predictions,
     counts: tuple[int, ...],
     costs: np.ndarray,
@@ -167,12 +193,6 @@ def _assign(
         cost = costs[layer, image, :count]
         if queries is not None:
             cost = cost[:, :count]
-        if not np.isfinite(cost).all():
-            raise ValueError(
-                f"matching failed in {where.format(layer)} for image {image} of the batch: a cost "
-                "is NaN or infinite. The model's outputs (or the boxes of that image) are not "
-                "finite; lower the learning rate, train in float32, or check the annotations."
-            )
         if queries is None:
             rows, slots = linear_sum_assignment(cost)
         else:

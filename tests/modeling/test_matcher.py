@@ -1,5 +1,6 @@
 """Matching: against SciPy on costs written out image by image."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou
 
 from dn_detr.layers import Targets
-from dn_detr.modeling import HungarianMatcher, Predictions, matcher
+from dn_detr.modeling import HungarianMatcher, Predictions, SetCriterion, matcher
 
 
 def make_case(counts, num_layers=3, num_queries=8, num_classes=5, seed=0):
@@ -201,19 +202,43 @@ def test_saturated_logits_of_half_precision_still_match(monkeypatch, dtype):
         assert torch.equal(narrow.slots, wide.slots) and torch.equal(narrow.rows, wide.rows)
 
 
-def test_a_cost_that_is_not_a_number_names_layer_and_image():
-    predictions, labels, boxes = make_case((3, 2))
-    predictions.boxes[1, 1, 4] = float("nan")
-    with pytest.raises(ValueError, match="in decoder layer 1 for image 1 of the batch: a cost is"):
-        HungarianMatcher()(predictions, Targets.pad(labels, boxes))
-
-
-@pytest.mark.parametrize("many", [20, 1000])
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("many", [4, 1000])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_token_that_is_not_finite_names_the_encoder(monkeypatch, many, value):
+@pytest.mark.parametrize("part", ["decoder layer 1", "the encoder"])
+def test_what_is_not_finite_is_assigned_and_named(monkeypatch, caplog, many, value, part):
+    """So the loss is not finite either, and the trainer stops all processes alike."""
+    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
     monkeypatch.setattr(matcher, "MANY_QUERIES", many)
-    predictions, labels, boxes = make_case((3, 2))
-    encoder = make_encoder((3, 2), 50)
-    encoder.boxes[0, 1, 44] = value
-    with pytest.raises(ValueError, match="in the encoder for image 1 of the batch: a cost is NaN"):
-        HungarianMatcher()(replace(predictions, encoder=encoder), Targets.pad(labels, boxes))
+    predictions, labels, boxes = make_case((3, 2), num_queries=50)
+    predictions = replace(predictions, encoder=make_encoder((3, 2), 50))
+    broken = predictions.encoder if "encoder" in part else predictions
+    layer = len(broken.boxes) // 2
+    broken.boxes[layer, 1, 44] = value
+    match, targets = HungarianMatcher(), Targets.pad(labels, boxes)
+    for assignments in (match(predictions, targets), match(predictions, targets)):
+        found = assignments[1 if "encoder" in part else 0]
+        for image, (slots, rows) in enumerate(found.pairs(layer)):
+            assert sorted(rows.tolist()) == list(range((3, 2)[image]))
+            assert (44 in slots.tolist()) == (image == 1)
+    assert caplog.text.count(f"in {part} a cost of image 1 of the batch is NaN or infinite") == 1
+    losses = SetCriterion(match)(predictions, targets)
+    name = "enc_loss_bbox" if "encoder" in part else "loss_bbox_1"
+    assert [key for key, loss in losses.items() if not loss.isfinite()] == [
+        name,
+        name.replace("bbox", "giou"),
+    ]
+
+
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("many", [4, 1000])
+def test_nothing_but_nan_is_assigned_too(monkeypatch, many):
+    monkeypatch.setattr(matcher, "MANY_QUERIES", many)
+    predictions, labels, boxes = make_case((3, 2, 0), num_queries=50)
+    for x in (predictions.logits, predictions.boxes):
+        x.fill_(float("nan"))
+    match = HungarianMatcher()
+    assignment, _ = match(predictions, Targets.pad(labels, boxes))
+    assert [len(set(slots.tolist())) for slots, _ in assignment.pairs(2)] == [3, 2, 0]
+    losses = SetCriterion(match)(predictions, Targets.pad(labels, boxes))
+    assert all(loss.isnan() for loss in losses.values())
