@@ -16,6 +16,7 @@ from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint
 from dn_detr.checkpoint.writing import (
     FORMAT_VERSION,
     build_metadata,
+    remove_leftovers,
     save_atomically,
     write_text_atomically,
 )
@@ -68,11 +69,12 @@ class DNCheckpointer(DetectionCheckpointer):
         self.logger = logging.getLogger(__name__)
         self.metadata = metadata if metadata is not None else build_metadata("", [])
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
         """Writes `save_dir/name.pth`, then names it in `last_checkpoint`.
 
         Args:
             name: file name without ".pth".
+            tag: False leaves `last_checkpoint`, from which training resumes, as it is.
             kwargs: more plain data to save, such as `iteration`.
 
         Raises:
@@ -90,7 +92,9 @@ class DNCheckpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         os.makedirs(self.save_dir, exist_ok=True)
         save_atomically(data, path)
-        self.tag_last_checkpoint(file_name)
+        remove_leftovers(self.save_dir)
+        if tag:
+            self.tag_last_checkpoint(file_name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the checkpoint to resume from."""
@@ -140,8 +144,11 @@ class DNCheckpointer(DetectionCheckpointer):
         self._load_state(state, path, strict)
         return checkpoint
 
-    def resume(self, path: str, *, categories: Categories) -> None:
+    def resume(self, path: str, *, categories: Categories) -> dict[str, Any]:
         """Loads the model, strictly, and all that was saved beside it, to go on with a training.
+
+        Returns:
+            what the file holds beside the model.
 
         Raises:
             CheckpointError: see `load_weights`. Stock: a model of other shapes or classes is loaded
@@ -151,6 +158,7 @@ class DNCheckpointer(DetectionCheckpointer):
         for name, item in self.checkpointables.items():
             if name in rest:
                 item.load_state_dict(rest[name])
+        return rest
 
     def _read(self, path: str) -> dict[str, Any]:
         self._parsed_url_during_load = urlparse(path)
@@ -270,13 +278,21 @@ class DNCheckpointer(DetectionCheckpointer):
         ]
         fitting = len(shared) - len(reshaped)
         if fitting == 0 or (strict and (missing or unexpected or reshaped)):
+            problems = {
+                "missing in the file": missing,
+                "unknown to the model": unexpected,
+                "of another shape": reshaped,
+            }
+            lines = [
+                f"  {key}: {len(names)} ({sample(names)})"
+                for key, names in problems.items()
+                if names
+            ]
             raise CheckpointError(
                 f"Checkpoint {path} does not fit the model: {fitting} of {len(own)} entries fit.\n"
-                f"  missing in the file: {len(missing)} ({sample(missing)})\n"
-                f"  unknown to the model: {len(unexpected)} ({sample(unexpected)})\n"
-                f"  of another shape: {len(reshaped)} ({sample(reshaped)})\n"
-                f"Was it saved with another config? A checkpoint names its own under "
-                f'["metadata"]["config"].'
+                + "\n".join(lines)
+                + "\nWas it saved with another config? A checkpoint names its own under "
+                '["metadata"]["config"].'
             )
         incompatible = self._load_model({"model": state})
         if not all(name.startswith(_BACKBONE) for name in state):

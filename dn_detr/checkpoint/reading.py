@@ -12,6 +12,8 @@ import logging
 import pathlib
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,25 @@ _MAX_LISTED = 10
 
 
 class CheckpointError(ValueError):
-    """A weight file that cannot be used; the message says which, why, and what to do."""
+    """A weight file that cannot be used; the message says which, why, and what to do.
+
+    Attributes:
+        reason: only why, for a list of several files.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
     """Reads a local weight file onto the CPU without running anything in it.
+
+    Every record of a `.pth` is compared with the checksum stored beside it, which `torch.load`
+    leaves out; for 200 MB that takes 0.1 s. `.pkl` and `.safetensors` have no checksums.
+
+    Args:
+        mmap: of a `.pth`: leave the tensors in the file until they are used.
 
     Returns:
         What the file holds: usually a dict, of tensors or with a dict of tensors under "model".
@@ -53,18 +69,34 @@ def read_checkpoint(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     _warn_if_unsafe()
-    return _read_torch(path)
+    return _read_torch(path, mmap)
+
+
+def find_damage(path: Path) -> str:
+    """Reads a zip archive, as `torch.save` writes one, through; says what is wrong, "" if nothing.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, zlib.error) as error:
+        return str(error)
+    return f"the checksum of {record} is wrong" if record else ""
 
 
 def _check_present(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(f"Checkpoint {path} is a folder. {_listing(path)}")
     if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist. {_listing(path.parent)}")
+        text = f"Checkpoint {path} does not exist. {_listing(path.parent)}"
+        raise CheckpointError(text, "it does not exist")
     with path.open("rb") as file:
         head = file.read(256).lstrip().lower()
     if not head:
-        raise CheckpointError(f"Checkpoint {path} is empty (0 bytes). Download or save it again.")
+        text = f"Checkpoint {path} is empty (0 bytes). Download or save it again."
+        raise CheckpointError(text, "it is empty (0 bytes)")
     if head.startswith((b"<!doctype", b"<html")):
         raise CheckpointError(
             f"Checkpoint {path} is a web page, not weights: the download ended at a log-in or "
@@ -95,10 +127,13 @@ def _warn_if_unsafe() -> None:
         )
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, mmap: bool) -> Any:
     try:
+        damage = find_damage(path) if zipfile.is_zipfile(path) else ""
+        if damage:
+            raise zipfile.BadZipFile(damage)
         with _safe_globals():
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises a dozen types for a damaged file
         refused = re.search(r"(?:GLOBAL|unrecognized function|but got) (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
@@ -110,16 +145,19 @@ def _refused(path: Path, name: str) -> CheckpointError:
     return CheckpointError(
         f"Checkpoint {path} is refused: it refers to {name}, which is neither a tensor nor plain "
         f"data, and loading that could run code. Nothing was run. If you made the file yourself, "
-        f"save it again with tensors, numbers, strings, lists and dicts only."
+        f"save it again with tensors, numbers, strings, lists and dicts only.",
+        f"it refers to {name}, which could run code",
     )
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     reason = reason.split(". In PyTorch 2.6")[0]  # there torch advises to run what is in the file
+    size = f"{path.stat().st_size} bytes"
     return CheckpointError(
-        f"Checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is truncated, "
-        f"damaged or no checkpoint. Download or save it again. ({type(error).__name__}: {reason})"
+        f"Checkpoint {path} ({size}) cannot be read: it is truncated, damaged or no checkpoint. "
+        f"Download or save it again. ({type(error).__name__}: {reason})",
+        f"it is truncated or damaged ({size}; {reason})",
     )
 
 

@@ -53,16 +53,9 @@ def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = 
             f"train.output_dir={folder} cannot be written: {error.strerror}. "
             f"Choose another: train.output_dir=FOLDER"
         ) from error
-    if eval_only:
+    if eval_only or resume:
         return
     found = _matching(folder, CHECKPOINTS)
-    if resume:
-        if found and not (folder / "last_checkpoint").is_file():
-            raise ConfigError(
-                f"train.output_dir={folder} holds {found[-1].name}, but no file last_checkpoint "
-                f"that says where to go on. Write the name of the right one into it, then --resume."
-            )
-        return
     if found and not cfg.train.overwrite:
         raise ConfigError(
             f"train.output_dir={folder} already holds checkpoints (such as "

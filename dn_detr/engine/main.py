@@ -24,6 +24,7 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from omegaconf import DictConfig, ListConfig  # noqa: E402
 
 from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata  # noqa: E402
+from dn_detr.checkpoint.folder import find_checkpoint  # noqa: E402
 from dn_detr.checkpoint.writing import write_text_atomically  # noqa: E402
 from dn_detr.data.check import check_coco  # noqa: E402
 from dn_detr.engine.config import load_config, resolve_config, training_categories  # noqa: E402
@@ -39,7 +40,7 @@ from dn_detr.engine.files import (  # noqa: E402
     prepare_output_dir,
     require_checkpoint,
 )
-from dn_detr.engine.hooks import BestCheckpointer  # noqa: E402
+from dn_detr.engine.hooks import BestCheckpointer, PeriodicCheckpointer  # noqa: E402
 from dn_detr.engine.trainer import Trainer  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ def _build_hooks(
         hooks.IterationTimer(),
         EMAHook(average) if average is not None else None,
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
+        PeriodicCheckpointer(checkpointer, **train.checkpointer) if is_main else None,
         hooks.EvalHook(train.eval_period, evaluate),
         BestCheckpointer(checkpointer, train.best_metric, train.eval_period) if is_main else None,
         (
@@ -255,7 +256,7 @@ class _Source(NamedTuple):
 def _find_source(cfg: DictConfig, resume: bool) -> _Source:
     """Finds what training starts from, before anything expensive is done."""
     folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
-    last = on_main_process(_last_checkpoint, folder) if resume else ""
+    last = on_main_process(find_checkpoint, folder) if resume else None
     if last:
         return _Source(last, resume=True)
     if resume:
@@ -263,11 +264,6 @@ def _find_source(cfg: DictConfig, resume: bool) -> _Source:
     elif not init:
         logger.info("Training from scratch (train.init_checkpoint is empty).")
     return _Source(_fetch(cfg))
-
-
-def _last_checkpoint(folder: str) -> str:
-    checkpointer = DNCheckpointer(nn.Identity(), folder)
-    return checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
 
 
 def _fetch(cfg: DictConfig) -> str:

@@ -184,10 +184,12 @@ def test_resume_of_another_model_is_refused(shapes, tmp_path):
     assert (tmp_path / "model_final.pth").read_bytes() == before
 
 
-def test_resume_without_the_file_that_says_where_is_refused(shapes, tmp_path):
+def test_resume_without_a_checkpoint_that_is_whole_is_refused(shapes, tmp_path):
     (tmp_path / "model_0000001.pth").touch()
     message = refused(tmp_path, shapes, flags=["--resume"])
-    assert "holds model_0000001.pth, but no file last_checkpoint" in message
+    assert "last_checkpoint: it is missing" in message
+    assert "model_0000001.pth: it is empty (0 bytes)" in message
+    assert "train.overwrite=True instead of --resume" in message
 
 
 def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_path):
