@@ -120,8 +120,13 @@ class DNDETR(nn.Module):
         return self.detect(batched_inputs)
 
     def detect(self, batched_inputs: list[dict]) -> list[dict]:
-        """Detections of the images as one batch, see `forward`."""
+        """Detections of the images as one batch, see `forward`.
+
+        Raises:
+            ValueError: predictions that are not finite; detectron2 would drop such boxes.
+        """
         predictions, images = self.predict(batched_inputs)
+        _refuse_non_finite(predictions, batched_inputs)
         found = self.detections(predictions, images.image_sizes)
         sizes = [
             (x.get("height", size[0]), x.get("width", size[1]))
@@ -219,6 +224,18 @@ class DNDETR(nn.Module):
                 image_sizes, boxes, scores, indices % self.num_classes
             )
         ]
+
+
+def _refuse_non_finite(predictions: Predictions, batched_inputs: list[dict]) -> None:
+    last = torch.cat([predictions.boxes[-1].flatten(1), predictions.logits[-1].flatten(1)], 1)
+    finite = last.isfinite().all(1)
+    if not finite.all():
+        bad = [x for x, good in zip(batched_inputs, finite.tolist()) if not good]
+        names = ", ".join(str(x.get("image_id", x.get("file_name", "?"))) for x in bad)
+        raise ValueError(
+            f"image {names}: the predictions are not finite. Look for NaN in the weights and in "
+            "the image, and for a number format that overflows."
+        )
 
 
 def padding_mask(images: ImageList) -> Tensor:

@@ -88,6 +88,8 @@ def check_steps(model, denoising):
     assert any(name.startswith("dn_") for name in names[0]) == denoising
 
 
+@pytest.mark.fault(48)
+@pytest.mark.fault(61)
 @by_name(CONFIGS)
 def test_training_and_detection(path):
     cfg = load(path, "model.num_classes=3")

@@ -51,6 +51,8 @@ BATCHES = {
 }
 
 
+@pytest.mark.fault(48)
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("denoising", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_batch_gives_the_same_loss_names_and_trains_every_parameter(batch, denoising):

@@ -57,6 +57,7 @@ def run(problem):
     return [result.cpu() for result in run_there(on(DEVICE, problem))]
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("sizes", GRID.values(), ids=GRID.keys())
 def test_equals_the_loops(sizes):
     problem = random_problem(**sizes)
@@ -65,6 +66,7 @@ def test_equals_the_loops(sizes):
     assert_results(run(problem), problem)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("channels", [1, 3, 5, 8, 16, 30, 32, 33, 64, 100, 256, 300])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(map(dtype_name, pair)))
 def test_equals_the_loops_in_every_dtype(dtypes, channels):
@@ -85,6 +87,7 @@ def test_borders_infinity_and_nan(dtypes, channels):
     assert_nan_location(run(problem), problem)
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(map(dtype_name, pair)))
 def test_encoder_of_many_blocks_equals_the_cpu(dtypes):
     """Enough queries for full blocks on every multiprocessor; expected values from float64."""

@@ -37,6 +37,7 @@ def with_leaves(problem):
     return problem
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("sizes", [{}, {"queries": 0}, {"batch": 0}], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(map(dtype_name, pair)))
 def test_registrations_fit_the_kernels(dtypes, sizes):
@@ -45,6 +46,7 @@ def test_registrations_fit_the_kernels(dtypes, sizes):
     check_registrations(problem, test_utils=quick)
 
 
+@pytest.mark.fault(66)
 def test_registrations_fit_the_kernels_in_compiled_programs():
     check_registrations(with_leaves(random_problem(batch=1, channels=2)))
 
@@ -181,6 +183,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.fault(66)
 def test_without_the_extension_plain_pytorch_serves_and_one_line_says_so():
     command = [sys.executable, "-c", WITHOUT_EXTENSION]
     done = subprocess.run(command, capture_output=True, text=True)
