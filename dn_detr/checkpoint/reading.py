@@ -88,7 +88,8 @@ def find_damage(path: Path) -> str:
 
 def _check_present(path: Path) -> None:
     if path.is_dir():
-        raise CheckpointError(f"Checkpoint {path} is a folder. {_listing(path)}")
+        text = f"Checkpoint {path} is a folder. {_listing(path)}"
+        raise CheckpointError(text, "it is a folder")
     if not path.is_file():
         text = f"Checkpoint {path} does not exist. {_listing(path.parent)}"
         raise CheckpointError(text, "it does not exist")
@@ -100,7 +101,8 @@ def _check_present(path: Path) -> None:
     if head.startswith((b"<!doctype", b"<html")):
         raise CheckpointError(
             f"Checkpoint {path} is a web page, not weights: the download ended at a log-in or "
-            f"confirmation page. Download it again in a browser."
+            f"confirmation page. Download it again in a browser.",
+            "it is a web page",
         )
 
 
