@@ -200,7 +200,8 @@ class BestCheckpointer(HookBase):
         except CheckpointError as error:
             when = "by the next evaluation"
             if self.best is not None:
-                when = f"when {self._metric} exceeds {self.best:.3f}, of {self.best_iteration}"
+                best = f"{self.best:.3f}, of iteration {self.best_iteration}"
+                when = f"when {self._metric} exceeds {best}"
             logger.warning("%s cannot be used: %s. It is replaced %s.", path, error.reason, when)
         if self.best is not None:
             logger.info(
