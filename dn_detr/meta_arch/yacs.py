@@ -9,6 +9,8 @@ require_detectron2()
 from detectron2.config import CfgNode, LazyConfig, instantiate  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
 
+from dn_detr.engine.overrides import apply_overrides  # noqa: E402
+
 
 def add_dn_detr_config(cfg: CfgNode) -> None:
     """Add the node ``MODEL.DN_DETR`` to detectron2's yacs config.
@@ -32,6 +34,7 @@ def model_arguments(cfg: CfgNode) -> dict[str, Any]:
     Raises:
         ValueError: no LazyConfig file is named, or neither it nor the data tell the number of
             classes.
+        ConfigError: an override that the file does not know.
     """
     node = cfg.MODEL.get("DN_DETR")
     if node is None or not node.CONFIG_FILE:
@@ -40,9 +43,9 @@ def model_arguments(cfg: CfgNode) -> dict[str, Any]:
             "LazyConfig file; call dn_detr.meta_arch.add_dn_detr_config(cfg) before merging, and "
             "see projects/dn_detr/configs"
         )
-    model = LazyConfig.apply_overrides(
-        LazyConfig.load(node.CONFIG_FILE), list(node.OVERRIDES)
-    ).model
+    config = LazyConfig.load(node.CONFIG_FILE)
+    apply_overrides(config, list(node.OVERRIDES))
+    model = config.model
     if model.num_classes is None:
         names = [MetadataCatalog.get(name).get("thing_classes") for name in cfg.DATASETS.TRAIN[:1]]
         if not names or names[0] is None:

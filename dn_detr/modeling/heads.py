@@ -13,8 +13,23 @@ PRIOR = 0.01
 """Initial probability of every class (focal loss: Lin et al., ICCV 2017, sec. 4.1)."""
 
 
+def check_num_classes(num_classes: int | None) -> None:
+    """Refuses what a config leaves open.
+
+    Raises:
+        ValueError: not an integer of at least 1.
+    """
+    if type(num_classes) is not int or num_classes < 1:
+        raise ValueError(
+            f"model.num_classes={num_classes}: a model needs an integer of at least 1. "
+            "tools/train_net.py fills null from the data; elsewhere set cfg.model.num_classes=N "
+            "before instantiate(cfg.model)."
+        )
+
+
 def class_head(embed_dim: int, num_classes: int) -> nn.Linear:
     """Linear layer whose classes are improbable at the start (`PRIOR`)."""
+    check_num_classes(num_classes)
     head = nn.Linear(embed_dim, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
     return head

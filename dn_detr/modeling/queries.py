@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dn_detr.denoising import NoisedTargets
 from dn_detr.layers import inverse_sigmoid
-from dn_detr.modeling.heads import box_head, class_head
+from dn_detr.modeling.heads import box_head, check_num_classes, class_head
 from dn_detr.modeling.structures import Predictions, Queries, Tokens
 
 CONTENTS = ("unknown_label", "learned", "zeros")
@@ -45,6 +45,7 @@ class QuerySource(nn.Module, ABC):
         label_std: float = 1.0,
     ):
         super().__init__()
+        check_num_classes(num_classes)
         self.embed_dim = embed_dim
         self.indicator = indicator
         self.label_embed = None

@@ -9,7 +9,9 @@ from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from dn_detr.engine.overrides import ConfigError
 from dn_detr.meta_arch import DNDETR, add_dn_detr_config
+from tests.meta_arch import small
 
 CONFIG = Path(__file__).parents[2] / "projects" / "dn_detr" / "configs" / "shapes_demo.py"
 TINY = (
@@ -207,3 +209,24 @@ def test_yacs_takes_the_classes_of_the_training_data():
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match="leaves model.num_classes open"):
         build_model(cfg)
+
+
+@pytest.mark.fault(1)
+def test_yacs_overrides_are_checked():
+    cfg = yacs(CONFIG_FILE=str(CONFIG), OVERRIDES=[*TINY, "model.num_querys=5"])
+    with pytest.raises(ConfigError, match="unknown key model.num_querys; did you mean model.quer"):
+        build_model(cfg)
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("family", small.FAMILIES)
+@pytest.mark.parametrize("number", [None, 0, "5"])
+def test_a_number_of_classes_is_asked_for(family, number):
+    with pytest.raises(ValueError, match=f"model.num_classes={number}: a model needs an integer"):
+        small.small_model(family, num_classes=number)
+
+
+@pytest.mark.fault(50)
+def test_without_denoising_a_number_of_classes_is_asked_for():
+    with pytest.raises(ValueError, match="model.num_classes=None: a model needs an integer"):
+        build("model.num_classes=null", "model.queries.labels=False", "model.denoising=null")
