@@ -52,3 +52,14 @@ class RandomChoice(T.Augmentation):
         It is not ``get_transform``, since a list of augmentations needs the image between steps.
         """
         return self.choices[np.random.randint(len(self.choices))](aug_input)
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """detectron2's, but no side gets shorter than one pixel, as that of a 1x5000 image would."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The transform for one image [H, W, C]."""
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        return transform

@@ -1,10 +1,15 @@
 """The plain facts of a COCO-format annotation file: its categories and number of images."""
 
+import contextlib
 import functools
+import gc
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from dn_detr.data.findings import Finding, as_list, show
 
 
 class DatasetError(ValueError):
@@ -25,25 +30,49 @@ def read_json(path: str) -> dict[str, Any]:
     """
     resolved = os.path.abspath(os.path.expanduser(path))
     try:
-        with open(resolved, encoding="utf-8") as f:
+        with open(resolved, encoding="utf-8") as f, paused_gc():
             content = json.load(f)
     except FileNotFoundError as error:
         raise DatasetError(
             f"There is no annotation file {resolved}{_where_to_set(path)}"
         ) from error
     except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{resolved} is not valid JSON (character {error.pos} of {len(error.doc)}: "
-            f"{error.msg}); was it cut off while it was copied?"
-        ) from error
+        raise DatasetError(f"{resolved} is not valid JSON: {_json_fault(error)}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{resolved} cannot be read as text: {error}") from error
+        raise DatasetError(
+            f"{resolved} cannot be read as text: {error}. It has to be JSON in UTF-8."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 5000 brackets
+        raise DatasetError(f"{resolved} is no annotation file: {error}") from error
     if not isinstance(content, dict):
         raise DatasetError(
             f"{resolved} holds a {type(content).__name__}, not an object with the sections "
             "'images', 'annotations' and 'categories'"
         )
     return content
+
+
+@contextlib.contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection: it would look through millions of new entries over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    if not error.doc.strip():
+        return f"it is empty ({len(error.doc)} bytes). Copy it again."
+    position, size = (len(text.encode()) for text in (error.doc[: error.pos], error.doc))
+    if error.pos >= len(error.doc.rstrip()):
+        hint = "It ends too early: was it cut off while it was copied?"
+    else:
+        hint = f"There stands {show(error.doc[error.pos : error.pos + 20])!r}."
+    return f"{error.msg} at byte {position} of {size} (line {error.lineno}). {hint}"
 
 
 def _where_to_set(path: str) -> str:
@@ -94,9 +123,63 @@ def _cached_summary(path: str, mtime_ns: int, size: int) -> tuple[tuple[tuple[in
     content = read_json(path)
     images = content.get("images")
     if not isinstance(images, list):
-        raise DatasetError(f"{path} has no list 'images'")
+        raise DatasetError(f"{path} has no section 'images' that is a list")
     categories = sorted_categories(content, path)
     return tuple((c["id"], c["name"]) for c in categories), len(images)
+
+
+def as_id(value: Any) -> int | str | None:
+    """An id that pycocotools can take: an integer (1.0 is one) or a string; None: neither."""
+    if type(value) is int or type(value) is str:
+        return value
+    return int(value) if type(value) is float and value.is_integer() else None
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """The values that occur more than once, None excepted, each once."""
+    counts = Counter(values)
+    return [value for value, count in counts.items() if count > 1 and value is not None]
+
+
+def section(content: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """The objects in a section of an annotation file, and what is wrong with the section."""
+    entries = content.get(name)
+    if name not in content:
+        return [], [Finding(f"the section {name!r} is missing (a list of objects)")]
+    if not isinstance(entries, list):
+        kind = type(entries).__name__
+        return [], [Finding(f"the section {name!r} is a {kind}, not a list of objects")]
+    strange = [f"number {i} ({show(e)})" for i, e in enumerate(entries) if type(e) is not dict]
+    if strange:
+        finding = Finding(f"entries of the section {name!r} that are not objects", strange)
+        return [e for e in entries if type(e) is dict], [finding]
+    empty = [] if entries else [Finding(f"the section {name!r} is empty")]
+    return entries, empty
+
+
+def examine_categories(content: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Checks the ``categories`` section.
+
+    Args:
+        content: a parsed annotation file.
+
+    Returns:
+        ``{"id": int, "name": str}`` of each category, sorted by id, without the faulty ones; and
+        what is wrong: the section is missing or empty, an id or a name is no such, an id is
+        repeated.
+    """
+    entries, findings = section(content, "categories")
+    ids = [as_id(entry.get("id")) for entry in entries]
+    good = [type(i) is int and i >= 0 and type(e.get("name")) is str for i, e in zip(ids, entries)]
+    bad = [show(entry) for entry, ok in zip(entries, good) if not ok]
+    if bad:
+        text = "categories without an integer 'id' of 0 or more and a string 'name'"
+        findings.append(Finding(text, bad))
+    twice = repeated(ids)
+    if twice:
+        findings.append(Finding("category ids given more than once", [show(i) for i in twice]))
+    names = {id_: entry["name"] for id_, entry, ok in zip(ids, entries, good) if ok}
+    return [{"id": id_, "name": names[id_]} for id_ in sorted(names)], findings
 
 
 def sorted_categories(content: dict[str, Any], path: str) -> list[dict[str, Any]]:
@@ -107,23 +190,12 @@ def sorted_categories(content: dict[str, Any], path: str) -> list[dict[str, Any]
         path: its path, for the message.
 
     Raises:
-        DatasetError: the section is missing, empty or malformed, or an id is repeated.
+        DatasetError: the section cannot be used, see ``examine_categories``.
     """
-    entries = content.get("categories")
-    if not isinstance(entries, list) or not entries:
-        raise DatasetError(f"{path} has no list 'categories', or an empty one")
-    for entry in entries:
-        well_formed = isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        if not well_formed or type(entry.get("id")) is not int or entry["id"] < 0:
-            raise DatasetError(
-                f"{path}: the category {entry!r} needs an integer 'id' of 0 or more "
-                "and a string 'name'"
-            )
-    ids = [entry["id"] for entry in entries]
-    repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})
-    if repeated:
-        raise DatasetError(f"{path}: several categories have the id {repeated[:10]}")
-    return sorted(({"id": e["id"], "name": e["name"]} for e in entries), key=lambda e: e["id"])
+    categories, findings = examine_categories(content)
+    if findings:
+        raise DatasetError(f"{path} cannot be used:\n{as_list(findings)}")
+    return categories
 
 
 def class_mapping(
@@ -158,4 +230,53 @@ def class_mapping(
         f"model.num_classes={num_classes}, but {source} has {len(ids)} categories with ids up to "
         f"{ids[-1]}: use model.num_classes={len(ids)} (or null), or {ids[-1] + 1} for classes that "
         "are the category ids"
+    )
+
+
+def class_table(names: Sequence[str], class_of: dict[int, int], shown: int = 12) -> str:
+    """Says which class, counted from 0, is which category: ``0: id 3 'cat', 1: id 7 'dog'``.
+
+    Args:
+        names: class names, as of ``class_mapping``.
+        class_of: the class of each category id.
+        shown: number of categories named; the middle ones are left out.
+    """
+    rows = [f"{index}: id {id_} {show(names[index])!r}" for id_, index in class_of.items()]
+    if len(rows) > shown:
+        half = shown // 2
+        rows[half:-half] = [f"... ({len(rows) - shown} more) ..."]
+    return ", ".join(rows)
+
+
+def unusual_categories(
+    categories: Sequence[dict[str, Any]], num_classes: int | None = None
+) -> Finding | None:
+    """Which class stands for which category, where that is easily taken for another.
+
+    That is so where names are repeated, or ids are not 1, 2, 3, ...
+
+    Args:
+        categories: ``{"id", "name"}`` of each category, sorted by id.
+        num_classes: number of classes of the model, see ``class_mapping``.
+
+    Returns:
+        None: nothing is unusual.
+
+    Raises:
+        DatasetError: ``num_classes`` does not fit.
+    """
+    ids = [category["id"] for category in categories]
+    reasons = []
+    twice = repeated([category["name"] for category in categories])
+    if twice:
+        reasons.append(f"several categories are called {', '.join(map(show, twice[:3]))}")
+    if ids[0] != 1:
+        reasons.append(f"category ids start at {ids[0]}")
+    if ids[-1] - ids[0] >= len(ids):
+        reasons.append(f"category ids have gaps ({len(ids)} ids up to {ids[-1]})")
+    if not reasons:
+        return None
+    names, class_of = class_mapping(categories, num_classes)
+    return Finding(
+        f"{'; '.join(reasons)}. class: category is {class_table(names, class_of)}", (), "note"
     )

@@ -8,8 +8,13 @@ import hashlib
 import os
 from typing import Any
 
-from dn_detr.data.categories import class_mapping, count_images, read_categories
-from dn_detr.data.check import check_coco
+from dn_detr.data.categories import (
+    class_mapping,
+    count_images,
+    read_categories,
+    unusual_categories,
+)
+from dn_detr.data.check import check_coco, log_once
 from dn_detr.requirements import require_detectron2
 
 require_detectron2()
@@ -26,13 +31,16 @@ __all__ = [
 ]
 
 
-def detection_dicts(json: str, images: str, num_classes: int | None = None) -> list[dict[str, Any]]:
+def detection_dicts(
+    json: str, images: str, num_classes: int | None = None, strict: bool = False
+) -> list[dict[str, Any]]:
     """The images of a COCO-format set with their boxes, as detectron2's loaders take them.
 
     Args:
         json: a COCO-format annotation file.
         images: the folder that its file names are relative to.
         num_classes: number of classes of the model; None: one a category.
+        strict: refuse a file with boxes to clip or to drop, instead of mending it.
 
     Returns:
         One dict an image, sorted by image id, those without boxes too: ``file_name``, ``height``,
@@ -42,8 +50,11 @@ def detection_dicts(json: str, images: str, num_classes: int | None = None) -> l
     Raises:
         DatasetError: the set cannot be used (see ``check_coco``), or ``num_classes`` does not fit.
     """
-    report = check_coco(json, images)
+    report = check_coco(json, images, strict)
     _, class_of = class_mapping(report.categories, num_classes, source=json)
+    unusual = unusual_categories(report.categories, num_classes)
+    if unusual:
+        log_once(str(unusual))
     objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in report.images}
     for annotation in report.annotations:
         objects[annotation["image_id"]].append(

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 
 from dn_detr.data.categories import DatasetError
+from dn_detr.data.images import ImageError, read_image, size_error
 from dn_detr.requirements import require_detectron2
 
 require_detectron2()
 
-from detectron2.data import detection_utils  # noqa: E402
 from detectron2.data import transforms as T  # noqa: E402
 from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-from PIL import Image  # noqa: E402
 
 
 class DetrDatasetMapper:
     """Reads an image, augments it, and turns its annotations into ``Instances``, as DETR does.
 
-    1. The image is read (its EXIF orientation applied) and must have the size that the file says.
+    1. The image is read (any mode, 16 bits, turned by EXIF: ``dn_detr.data.images``) and must have
+       the size that the annotation file says.
     2. The augmentations are applied to image and boxes.
     3. For training: crowd boxes are removed, boxes are clipped to the augmented image and removed
        where nothing is left of them. An image may end with no box at all, and is kept.
@@ -38,6 +38,8 @@ class DetrDatasetMapper:
         augmentations: Sequence[T.Augmentation | T.Transform] = (),
         image_format: str = "RGB",
     ) -> None:
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format={image_format!r}: expected RGB or BGR")
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
@@ -68,24 +70,23 @@ class DetrDatasetMapper:
         return result
 
     def _read(self, dataset_dict: dict[str, Any]) -> np.ndarray:
-        file_name = dataset_dict["file_name"]
+        name = f"The image {dataset_dict['file_name']} (id {dataset_dict.get('image_id')})"
         try:
-            # A copy: augmentations may write to it, and Pillow's own memory is read-only.
-            image = detection_utils.read_image(file_name, format=self.image_format).copy()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            # SyntaxError and ValueError are what Pillow raises for some broken files.
-            raise DatasetError(
-                f"The image {file_name} (id {dataset_dict.get('image_id')}) cannot be read: {error}"
-            ) from error
+            image, orientation = read_image(dataset_dict["file_name"])
+        except ImageError as error:
+            raise DatasetError(f"{name} cannot be read: {error}. {self._remedy()}") from error
         height, width = image.shape[:2]
-        expected = dataset_dict.get("height", height), dataset_dict.get("width", width)
-        if (height, width) != expected:
+        expected = dataset_dict.get("width", width), dataset_dict.get("height", height)
+        difference = size_error((width, height), expected, orientation)
+        if difference:
             raise DatasetError(
-                f"The image {file_name} (id {dataset_dict.get('image_id')}) is {width}x{height} "
-                f"(width x height, after its EXIF orientation), but the annotation file says "
-                f"{expected[1]}x{expected[0]}"
+                f"{name} is {difference}. Correct the entry and its boxes, or the image."
             )
-        return image
+        return image[:, :, ::-1] if self.image_format == "BGR" else image
+
+    def _remedy(self) -> str:
+        skip = ", or pass over such images: dataloader.train.on_bad_image=skip"
+        return f"Replace the file, or remove its entry{skip if self.is_train else ''}."
 
 
 def _boxes(annotations: list[dict[str, Any]]) -> np.ndarray:

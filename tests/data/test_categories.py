@@ -9,6 +9,7 @@ from dn_detr.data.categories import (
     class_mapping,
     count_images,
     read_categories,
+    unusual_categories,
 )
 
 from .coco_files import annotation, write_set
@@ -63,33 +64,67 @@ def test_a_missing_file_is_named_with_the_variable(tmp_path, monkeypatch):
         count_images("coco/instances.json")
 
 
+@pytest.mark.fault(35)
+@pytest.mark.fault(36)
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ('{"images": [', "not valid JSON .character 12 of 12"),
-        ("", "not valid JSON .character 0 of 0"),
-        ("[1, 2]", "holds a list"),
-        ('{"images": []}', "no list 'categories'"),
-        ('{"images": [], "categories": []}', "or an empty one"),
-        ('{"categories": [{"id": 1, "name": "a"}]}', "no list 'images'"),
-        ('{"images": [], "categories": [{"id": "1", "name": "a"}]}', "integer 'id'"),
-        ('{"images": [], "categories": [{"id": 1}]}', "string 'name'"),
+        (b'{"images": [', r"not valid JSON: .* at byte 12 of 12 .* was it cut off"),
+        ('{"name": "é", "images": ['.encode(), r"at byte 26 of 26"),
+        (b'{"images": [}', r"at byte 12 of 13 \(line 1\)"),
+        (b"", r"it is empty \(0 bytes\)"),
+        (b" \n", r"it is empty"),
+        (b"<html>", r"not valid JSON: .* at byte 0 of 6 .* stands '<html>'"),
+        (b'{"a": "\xff"}', r"cannot be read as text: .*position 7"),
+        (b"[" * 100_000, "is no annotation file: .*recursion"),
+        (b"[1, 2]", "holds a list"),
+        (b"7", "holds a int"),
+        (b'{"images": []}', "section 'categories' is missing"),
+        (b'{"images": [], "categories": []}', "section 'categories' is empty"),
+        (b'{"categories": [{"id": 1, "name": "a"}]}', "no section 'images' that is a list"),
+        (b'{"images": [], "categories": [{"id": "1", "name": "a"}]}', "integer 'id'"),
+        (b'{"images": [], "categories": [{"id": 1}]}', "string 'name'"),
+        (b'{"images": [], "categories": [{"id": true, "name": "a"}]}', "integer 'id'"),
     ],
 )
-def test_broken_files(tmp_path, text, message):
+def test_broken_files(tmp_path, content, message):
     file = tmp_path / "broken.json"
-    file.write_text(text)
+    file.write_bytes(content)
     with pytest.raises(DatasetError, match=message) as error:
         read_categories(str(file))
     assert str(file) in str(error.value)
+    assert file.read_bytes() == content
 
 
 def test_repeated_category_ids(tmp_path):
     file = tmp_path / "twice.json"
-    categories = [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]
+    categories = [{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}]
     file.write_text(json.dumps({"images": [], "categories": categories}))
-    with pytest.raises(DatasetError, match=r"several categories have the id \[1\]"):
+    with pytest.raises(DatasetError, match=r"category ids given more than once \(1\): 1"):
         read_categories(str(file))
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize(
+    ("ids", "names", "num_classes", "text"),
+    [
+        ((0, 1), "ab", None, "ids start at 0. class: category is 0: id 0 'a', 1: id 1 'b'"),
+        ((3, 4), "ab", None, "ids start at 3"),
+        ((1, 3), "ab", None, "have gaps (2 ids up to 3). class: category is 0: id 1 'a', 1: id 3"),
+        ((1, 3), "ab", 4, "have gaps (2 ids up to 3). class: category is 1: id 1 'a', 3: id 3 'b'"),
+        ((1, 2), "aa", None, "several categories are called a. class: category is 0: id 1 'a', 1"),
+        (range(90), "a" * 90, None, "0: id 0 'a', 1: id 1 'a', 2: id 2 'a', 3: id 3 'a', 4: id 4"),
+    ],
+)
+def test_unusual_categories_come_with_their_classes(ids, names, num_classes, text):
+    categories = [{"id": i, "name": n} for i, n in zip(ids, names)]
+    finding = unusual_categories(categories, num_classes)
+    assert text in str(finding) and finding.level == "note"
+    assert len(str(finding)) < 400
+
+
+def test_usual_categories_need_no_word():
+    assert unusual_categories([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]) is None
 
 
 def test_a_folder_is_not_an_annotation_file(tmp_path):

@@ -23,7 +23,7 @@ def load(name, tmp_path, *overrides):
     """A config beside a model's and the training's words, saved and loaded again."""
     cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
     cfg.model = {"num_classes": None}
-    cfg.train = {"output_dir": str(tmp_path / "output")}
+    cfg.train = {"output_dir": str(tmp_path / "output"), "seed": 0}
     LazyConfig.apply_overrides(cfg, [*NO_WORKERS, *overrides])
     LazyConfig.save(cfg, str(tmp_path / "saved.yaml"))
     assert not (tmp_path / "saved.yaml.pkl").exists()

@@ -1,7 +1,6 @@
 """COCO-format sets in detectron2's terms."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -74,10 +73,22 @@ def test_wrong_number_of_classes(tmp_path):
         assert f"{json_file} has 2 categories with ids up to 7" in str(error.value)
 
 
-def test_repairs_are_logged(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    detection_dicts(*gapped_set(tmp_path))
-    assert "1 boxes clipped to their image, 1 dropped" in caplog.text
+@pytest.mark.fault(42)
+def test_repairs_and_classes_are_logged_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("dn_detr.data.check._logged", set())
+    for _ in range(2):
+        detection_dicts(*gapped_set(tmp_path), num_classes=8)
+    (classes,) = [r.getMessage() for r in caplog.records if "class: category" in r.getMessage()]
+    assert "category ids have gaps (2 ids up to 7)" in classes
+    assert "2: id 2 'cat', 7: id 7 'dog'" in classes
+    (repairs,) = [r.getMessage() for r in caplog.records if "repairs" in r.getMessage()]
+    assert "clipped (1)" in repairs and "dropped (1)" in repairs
+
+
+@pytest.mark.fault(39)
+def test_strict_is_an_argument(tmp_path):
+    with pytest.raises(DatasetError, match="not clipped, since strict"):
+        detection_dicts(*gapped_set(tmp_path), strict=True)
 
 
 @pytest.mark.parametrize(
