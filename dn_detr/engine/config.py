@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import traceback
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -21,11 +21,56 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from dn_detr.data.datasets import class_mapping, count_images, read_categories  # noqa: E402
 from dn_detr.engine.distributed import on_main_process  # noqa: E402
-from dn_detr.engine.overrides import ConfigError, apply_overrides  # noqa: E402
+from dn_detr.engine.files import require_data  # noqa: E402
+from dn_detr.engine.overrides import NULLABLE_TYPES, ConfigError, apply_overrides  # noqa: E402
 
 __all__ = ["ConfigError", "load_config", "refuse_invalid_values", "resolve_config"]
 
+_Range = tuple[type, Callable[[Any], bool], str]  # kind, whether it is valid, in words
+
 SECTIONS = ("model", "dataset", "dataloader", "optimizer", "lr_multiplier", "train")
+
+# Without these nothing can be run.
+NEEDED = (
+    *("model", "lr_multiplier", "optimizer.lr", "train.output_dir"),
+    *("dataset.train.json", "dataset.val.json", "dataset.train.images", "dataset.val.images"),
+    *("dataloader.train.dataset", "dataloader.train.mapper", "dataloader.train.total_batch_size"),
+    *("dataloader.test.dataset", "dataloader.test.mapper", "dataloader.evaluator"),
+)
+
+_POSITIVE: _Range = (int, lambda x: x >= 1, "an integer of at least 1")
+_COUNT: _Range = (int, lambda x: x >= 0, "an integer of at least 0")
+_NOT_NEGATIVE: _Range = (float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+NUMBERS: dict[str, _Range] = {
+    "train.max_iter": _POSITIVE,
+    "train.epochs": (float, lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "train.accumulate": _POSITIVE,
+    "train.log_period": _POSITIVE,
+    "train.reference_batch_size": _POSITIVE,
+    "train.checkpointer.period": _POSITIVE,
+    "train.checkpointer.max_to_keep": _POSITIVE,
+    "train.eval_period": (int, lambda x: x >= 0, "an integer: 0 (at the end) or more"),
+    "train.seed": (int, lambda x: True, "an integer (negative: a random one)"),
+    "train.dist_timeout": (float, lambda x: 0 < x < math.inf, "a number of seconds above 0"),
+    "train.ema.decay": (float, lambda x: 0 <= x < 1, "0 <= decay < 1"),
+    "train.clip_grad.params.max_norm": (
+        float,
+        lambda x: x > 0,
+        "a number above 0 (train.clip_grad.enabled=False switches clipping off)",
+    ),
+    "train.clip_grad.params.norm_type": (float, lambda x: x > 0, "a number above 0"),
+    "optimizer.lr": _NOT_NEGATIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "dataloader.train.total_batch_size": _POSITIVE,
+    "dataloader.train.num_workers": _COUNT,
+    "dataloader.test.batch_size": _POSITIVE,
+    "dataloader.test.num_workers": _COUNT,
+}
+CHOICES = {
+    "train.amp.dtype": ("bfloat16", "float16"),
+    "dataloader.train.on_bad_image": ("error", "skip"),
+}
+_ABSENT = object()
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +184,9 @@ def _read_data(cfg: DictConfig, eval_only: bool) -> tuple[int, int]:
     """Returns the number of classes and of training images (0 with eval_only).
 
     Raises:
-        ConfigError: train and val do not name the same categories.
+        ConfigError: files are missing, or train and val do not name the same categories.
     """
+    require_data(cfg, ["val"] if eval_only else ["train", "val"])
     categories = training_categories(cfg, eval_only)
     source = cfg.dataset.val.json if eval_only else cfg.dataset.train.json
     names, _ = class_mapping(categories, cfg.model.num_classes, source)
@@ -203,14 +249,17 @@ def refuse_invalid_values(cfg: DictConfig, num_processes: int = 1) -> None:
     Raises:
         ConfigError: lists every value that cannot be used.
     """
-    problems = _unreadable(cfg) or _bad_numbers(cfg) + _bad_machine(cfg, num_processes)
+    problems = _missing(cfg) or _bad_numbers(cfg) + _bad_choices(cfg) + _bad_machine(
+        cfg, num_processes
+    )
     if problems:
         raise ConfigError("\n  ".join(["the config cannot be used:", *problems]))
 
 
-def _unreadable(cfg: DictConfig) -> list[str]:
+def _missing(cfg: DictConfig) -> list[str]:
+    """Parts that are null or that cannot be read; without them nothing else can be checked."""
     problems = []
-    for key in ("dataset.train.json", "dataset.val.json", "train.output_dir", "optimizer.lr"):
+    for key in NEEDED:
         try:
             if OmegaConf.select(cfg, key, throw_on_missing=True) is None:
                 problems.append(f"{key} is not given")
@@ -220,45 +269,39 @@ def _unreadable(cfg: DictConfig) -> list[str]:
 
 
 def _bad_numbers(cfg: DictConfig) -> list[str]:
-    """Checks numbers against their ranges; null stands for what is computed."""
-    train = cfg.train
-    at_least_one = {
-        "train.max_iter": train.max_iter,
-        "train.accumulate": train.accumulate,
-        "train.log_period": train.log_period,
-        "train.reference_batch_size": train.reference_batch_size,
-        "train.checkpointer.period": train.checkpointer.period,
-        "train.checkpointer.max_to_keep": train.checkpointer.max_to_keep,
-        "dataloader.train.total_batch_size": cfg.dataloader.train.total_batch_size,
-    }
-    problems = [
-        f"{key}={value}: expected an integer of at least 1"
-        for key, value in at_least_one.items()
-        if value is not None and not (_is_number(value, int) and value >= 1)
-    ]
-    if train.eval_period is not None and not (
-        _is_number(train.eval_period, int) and train.eval_period >= 0
-    ):
-        problems.append(f"train.eval_period={train.eval_period}: expected 0 (at the end) or more")
-    if train.max_iter is None and not (_is_number(train.epochs, float) and train.epochs > 0):
-        problems.append(f"train.epochs={train.epochs}: expected a number above 0")
-    if not (_is_number(cfg.optimizer.lr, float) and 0 <= cfg.optimizer.lr < math.inf):
-        problems.append(f"optimizer.lr={cfg.optimizer.lr}: expected a finite number of at least 0")
-    if train.clip_grad.enabled and not train.clip_grad.params.max_norm > 0:
-        problems.append(
-            f"train.clip_grad.params.max_norm={train.clip_grad.params.max_norm}: expected a number "
-            f"above 0 (train.clip_grad.enabled=False switches clipping off)"
-        )
-    if not (_is_number(train.ema.decay, float) and 0 <= train.ema.decay < 1):
-        problems.append(f"train.ema.decay={train.ema.decay}: expected 0 <= decay < 1")
-    if not _is_number(train.seed, int):
-        problems.append(f"train.seed={train.seed}: expected an integer (negative: a random one)")
+    """Checks numbers against their ranges; a config need not have all of them."""
+    ranges = dict(NUMBERS)
+    if cfg.train.max_iter is not None:
+        del ranges["train.epochs"]  # of no effect
+    if not cfg.train.clip_grad.enabled:
+        ranges = {k: r for k, r in ranges.items() if not k.startswith("train.clip_grad.")}
+    problems = []
+    for key, (kind, is_valid, expected) in ranges.items():
+        value = OmegaConf.select(cfg, key, default=_ABSENT)
+        if value is _ABSENT or (value is None and key in NULLABLE_TYPES and key != "train.epochs"):
+            continue
+        if not (_is_number(value, kind) and is_valid(value)):
+            shown = "null" if value is None else value
+            problems.append(f"{key}={shown}: expected {expected}")
     return problems
 
 
 def _is_number(value: Any, kind: type) -> bool:
     kinds = (int,) if kind is int else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _bad_choices(cfg: DictConfig) -> list[str]:
+    problems = []
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(cfg, key, default=_ABSENT)
+        if value is not _ABSENT and value not in choices:
+            problems.append(f"{key}={value}: expected {' or '.join(choices)}")
+    try:
+        instantiate(cfg.lr_multiplier)
+    except Exception as error:  # schedules check their arguments by whatever they like
+        problems.append(f"lr_multiplier: {type(error).__name__}: {error}")
+    return problems
 
 
 def _bad_machine(cfg: DictConfig, num_processes: int) -> list[str]:
@@ -282,8 +325,6 @@ def _bad_machine(cfg: DictConfig, num_processes: int) -> list[str]:
         problems.append(f"train.device={device} names one GPU for {num_processes} processes: cuda")
     if on_gpu and not torch.cuda.is_available():
         problems.append(f"train.device={device}, but torch finds no GPU: train.device=cpu")
-    if cfg.train.amp.dtype not in ("bfloat16", "float16"):
-        problems.append(f"train.amp.dtype={cfg.train.amp.dtype}: expected bfloat16 or float16")
-    elif cfg.train.amp.enabled and cfg.train.amp.dtype == "float16" and not on_gpu:
+    if cfg.train.amp.enabled and cfg.train.amp.dtype == "float16" and not on_gpu:
         problems.append("train.amp.dtype=float16 needs a GPU: train.amp.dtype=bfloat16")
     return problems

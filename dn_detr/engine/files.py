@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -43,6 +45,8 @@ def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = 
     Raises:
         ConfigError: the folder cannot be written, or holds checkpoints and nothing says what to do.
     """
+    if not cfg.train.output_dir:
+        raise ConfigError("train.output_dir is not given: train.output_dir=FOLDER")
     folder = Path(cfg.train.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +68,45 @@ def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = 
         )
     if cfg.train.overwrite:
         _clear(folder, cfg.train.init_checkpoint)
+
+
+def require_data(cfg: DictConfig, splits: Iterable[str]) -> None:
+    """Looks for the annotation files and image folders of a config.
+
+    Args:
+        splits: of `cfg.dataset`, such as ("train", "val").
+
+    Raises:
+        ConfigError: lists all that are missing, and the names nearest to them.
+    """
+    missing = []
+    for split in splits:
+        data = cfg.dataset[split]
+        for key, exists in (("json", os.path.exists), ("images", os.path.isdir)):
+            path = os.path.abspath(os.path.expanduser(data[key]))
+            if not exists(path):
+                missing.append(f"dataset.{split}.{key}: {path} does not exist; {_nearest(path)}")
+    if missing:
+        folder = os.environ.get("DETECTRON2_DATASETS")
+        value = f"is {folder!r}" if folder is not None else "is not set"
+        raise ConfigError(
+            "\n  ".join(["there are no data where the config looks:", *missing])
+            + f"\nThe variable DETECTRON2_DATASETS {value}: set it to the folder that holds the "
+            "data sets, or the keys above to your files."
+        )
+
+
+def _nearest(path: str) -> str:
+    """The last folder of a path that exists, and the names in it nearest to what is missing."""
+    folder, name = os.path.split(path)
+    while not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
+    near = difflib.get_close_matches(name, names, n=3) or names[:3]
+    return f"{folder} holds no {name}{', but ' if near else ''}{', '.join(near)}"
 
 
 def require_checkpoint(cfg: DictConfig) -> None:

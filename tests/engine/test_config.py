@@ -11,6 +11,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 
+from dn_detr.data.categories import DatasetError
 from dn_detr.engine.config import ConfigError, load_config, resolve_config
 
 CONFIG = str(Path(__file__).parent / "tiny_config.py")
@@ -79,23 +80,57 @@ def test_override_with_a_target_replaces_the_node():
 @pytest.mark.parametrize(
     "overrides, parts",
     [
-        (["train.max_iters=5"], ["unknown key train.max_iters", "did you mean train.max_iter?"]),
-        (["max_iter=5"], ["did you mean train.max_iter?", "+max_iter=..."]),
-        (["optimizer.Lr=1"], ["unknown key optimizer.Lr", "optimizer.lr", "weight_decay"]),
-        (["model.widht=8"], ["did you mean model.width?"]),
+        pytest.param(
+            ["train.max_iters=5"],
+            ["unknown key train.max_iters", "did you mean train.max_iter?"],
+            marks=pytest.mark.fault(1),
+        ),
+        pytest.param(
+            ["max_iter=5"],
+            ["did you mean train.max_iter?", "+max_iter=..."],
+            marks=pytest.mark.fault(1),
+        ),
+        pytest.param(
+            ["optimizer.Lr=1"],
+            ["unknown key optimizer.Lr; did you mean optimizer.lr?", "weight_decay"],
+            marks=pytest.mark.fault(2),
+        ),
+        pytest.param(["model.widht=8"], ["did you mean model.width?"], marks=pytest.mark.fault(1)),
         (["dataset.generate.num_trian=5"], ["did you mean dataset.generate.num_train"]),
         (["train.clip_grad={enabld: False}"], ["did you mean train.clip_grad.enabled?"]),
         (["train.seed.x=1"], ["train.seed is the value 42"]),
         (["+train.seed.x=1"], ["train.seed is the value 42"]),
         (["dataset.generate=null", "dataset.generate.size=9"], ["dataset.generate is null"]),
         (["lr_multiplier.values.5=1"], ["lr_multiplier.values is a list of 2"]),
-        (["train.max_iter=abc"], ["train.max_iter expects an integer, got str"]),
-        (["train.max_iter=2.5"], ["train.max_iter expects an integer, got float"]),
+        pytest.param(
+            ["train.max_iter=abc"],
+            ["train.max_iter expects an integer, got str"],
+            marks=pytest.mark.fault(4),
+        ),
+        pytest.param(
+            ["train.max_iter=2.5"],
+            ["train.max_iter expects an integer, got float"],
+            marks=pytest.mark.fault(4),
+        ),
         (["train.amp.enabled=1"], ["train.amp.enabled expects True or False"]),
-        (["optimizer.lr=fast"], ["optimizer.lr expects a number"]),
-        (["TRAIN.MAX_ITER", "5"], ["use train.max_iter=5 instead of TRAIN.MAX_ITER 5"]),
-        (["MODEL.WEIGHTS", "a.pth"], ["use train.init_checkpoint=a.pth instead of MODEL.WEIGHTS"]),
-        (["SOLVER.BASE_LR=1"], ["unknown key SOLVER.BASE_LR; did you mean optimizer.lr?"]),
+        pytest.param(
+            ["optimizer.lr=fast"], ["optimizer.lr expects a number"], marks=pytest.mark.fault(4)
+        ),
+        pytest.param(
+            ["TRAIN.MAX_ITER", "5"],
+            ["use train.max_iter=5 instead of TRAIN.MAX_ITER 5"],
+            marks=pytest.mark.fault(5),
+        ),
+        pytest.param(
+            ["MODEL.WEIGHTS", "a.pth"],
+            ["use train.init_checkpoint=a.pth instead of MODEL.WEIGHTS"],
+            marks=pytest.mark.fault(5),
+        ),
+        pytest.param(
+            ["SOLVER.BASE_LR=1"],
+            ["unknown key SOLVER.BASE_LR; did you mean optimizer.lr?"],
+            marks=pytest.mark.fault(5),
+        ),
         (["x.y=1"], ["unknown key x.y. "]),
         (["train.ema=True"], ["train.ema is a section, not a value", "train.ema.enabled=..."]),
         (["train.clip_grad=0.1"], ["train.clip_grad.enabled=..."]),
@@ -112,51 +147,93 @@ def test_override_is_refused(overrides, parts):
         assert part in message
 
 
-def test_config_file_is_refused(tmp_path):
-    assert "--config-file" in refused([], "")
-    assert "does not exist" in refused([], str(tmp_path / "no.py"))
-    assert "expected a .py or .yaml file" in refused([], str(tmp_path / "x.txt"))
+@pytest.mark.fault(6)
+def test_config_file_that_is_none(tmp_path):
+    assert refused([], "") == "no config given: --config-file projects/dn_detr/configs/NAME.py"
+    assert f"config file {tmp_path}/no.py does not exist" in refused([], str(tmp_path / "no.py"))
+    message = refused([], str(tmp_path / "x.txt"))
+    assert f"config file {tmp_path}/x.txt: expected a .py or .yaml file" in message
+
+
+@pytest.mark.fault(7)
+def test_config_file_with_a_mistake_is_shown_with_its_line(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("train = dict(\n  seed=1\n  x=2)\n")
     assert f"{broken}:2: SyntaxError" in refused([], str(broken))
     broken.write_text("import math\nfrom math import no_such_name\n")
     assert f"{broken}:2: ImportError: cannot import name" in refused([], str(broken))
+    (tmp_path / "middle.py").write_text("from .broken import train\n")
+    assert f"{broken}:2: ImportError" in refused([], str(tmp_path / "middle.py"))
+    broken.write_text("\n\nx = 1 / 0\n")
+    assert f"{broken}:3: ZeroDivisionError" in refused([], str(broken))
     broken.write_text("train = dict(seed=1)\n")
     assert "does not define model, dataset, dataloader" in refused([], str(broken))
     with pytest.raises(ModuleNotFoundError):  # the import function is put back after an error
         import no_such_module  # noqa: F401
 
 
-def test_all_invalid_values_are_listed_at_once(data):
+INVALID = {
+    "train.max_iter": (0, "an integer of at least 1"),
+    "train.accumulate": (0, "an integer of at least 1"),
+    "train.log_period": (0, "an integer of at least 1"),
+    "train.checkpointer.period": (0, "an integer of at least 1"),
+    "train.checkpointer.max_to_keep": (0, "an integer of at least 1"),
+    "train.reference_batch_size": ("null", "an integer of at least 1"),
+    "train.eval_period": (-1, "an integer: 0 (at the end) or more"),
+    "train.seed": ("null", "an integer (negative: a random one)"),
+    "train.ema.decay": (2, "0 <= decay < 1"),
+    "train.clip_grad.params.max_norm": ("null", "a number above 0 (train.clip_grad.enabled=False"),
+    "train.clip_grad.params.norm_type": (-2, "a number above 0"),
+    "train.amp.dtype": ("int8", "bfloat16 or float16"),
+    "optimizer.lr": (-1, "a finite number of at least 0"),
+    "optimizer.weight_decay": ("nan", "a finite number of at least 0"),
+    "dataloader.train.total_batch_size": (0, "an integer of at least 1"),
+    "dataloader.train.num_workers": (-1, "an integer of at least 0"),
+    "dataloader.test.num_workers": (-1, "an integer of at least 0"),
+    "dataloader.test.batch_size": (0, "an integer of at least 1"),
+    "+dataloader.train.on_bad_image": ("ignore", "error or skip"),
+    "+train.dist_timeout": (0, "a number of seconds above 0"),
+}
+
+
+@pytest.mark.fault(8)
+def test_all_invalid_values_are_listed_at_once():
     message = refused(
-        [data, "train.max_iter=0", "optimizer.lr=-1", "dataloader.train.total_batch_size=0"]
-        + ["train.accumulate=0", "train.log_period=0", "train.checkpointer.period=0"]
-        + ["train.clip_grad.params.max_norm=0", "train.ema.decay=2", "train.eval_period=-1"]
-        + ["train.amp.dtype=int8"]
+        ["dataset.root=/nowhere", "lr_multiplier.values=[1]"]  # found without any data
+        + [f"{key}={value}" for key, (value, _) in INVALID.items()]
     )
-    for part in [
-        "train.max_iter=0: expected an integer of at least 1",
-        "optimizer.lr=-1: expected a finite number",
-        "dataloader.train.total_batch_size=0",
-        "train.accumulate=0",
-        "train.log_period=0",
-        "train.checkpointer.period=0",
-        "train.clip_grad.params.max_norm=0",
-        "train.ema.decay=2",
-        "train.eval_period=-1",
-        "train.amp.dtype=int8: expected bfloat16 or float16",
-    ]:
-        assert part in message
+    for key, (value, expected) in INVALID.items():
+        assert f"\n  {key.lstrip('+')}={value}: expected {expected}" in message
+    assert "\n  lr_multiplier: ValueError: MultiStep scheduler requires" in message
+    assert len(message.splitlines()) == 2 + len(INVALID)
 
 
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("epochs", ["0", "nan", "inf", "null"])
+def test_length_of_nothing_is_refused(epochs):
+    message = refused([f"train.epochs={epochs}"])
+    assert f"train.epochs={epochs}: expected a finite number above 0" in message
+
+
+@pytest.mark.fault(8)
+def test_parts_that_are_taken_out_are_listed():
+    parts = ("model", "lr_multiplier", "train.output_dir", "dataset.val.json", "dataloader.train")
+    message = refused([f"{part}=null" for part in parts])
+    for part in parts:
+        assert f"\n  {part}" in message and "is not given" in message
+
+
+@pytest.mark.fault(9)
 def test_batch_has_to_be_divisible_by_the_processes(data):
     cfg = load_config(CONFIG, [data, "dataloader.train.total_batch_size=7"])
     with pytest.raises(ConfigError, match="cannot be shared by 3 processes: take 6 or 9"):
         resolve_config(cfg, num_processes=3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_that_is_not_there(data):
+@pytest.mark.fault(10)
+@pytest.mark.fault(11)
+def test_gpu_that_is_not_there(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = refused([data, "train.device=cuda"])
     assert "train.device=cuda, but torch finds no GPU: train.device=cpu" in message
     message = refused([data, "train.amp.enabled=True", "train.amp.dtype=float16"])
@@ -164,6 +241,15 @@ def test_gpu_that_is_not_there(data):
     cfg = load_config(CONFIG, [data, "train.device=null"])
     resolve_config(cfg)
     assert cfg.train.device == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.fault(11)
+def test_gpu_that_is_there(data):
+    for device in ("cuda", "cuda:0", "null"):
+        cfg = load_config(CONFIG, [data, f"train.device={device}", "train.amp.dtype=float16"])
+        resolve_config(cfg)
+        assert cfg.train.device == device.replace("null", "cuda")
 
 
 def test_one_gpu_for_several_processes_is_refused(data):
@@ -191,9 +277,43 @@ def test_classes_and_length_come_from_the_data(data):
     assert OmegaConf.to_container(cfg, resolve=True) == again
 
 
-def test_number_of_classes_that_does_not_fit_is_refused(data):
-    with pytest.raises(ValueError, match="model.num_classes=7.* has 5 categories"):
-        resolve_config(load_config(CONFIG, [data, "model.num_classes=7"]))
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("eval_only", [False, True])
+@pytest.mark.parametrize("number", [0, 7, "many"])
+def test_number_of_classes_that_does_not_fit_is_refused(data, number, eval_only):
+    cfg = load_config(CONFIG, [data, f"model.num_classes={number}"])
+    with pytest.raises(DatasetError) as info:
+        resolve_config(cfg, eval_only=eval_only)
+    part = "val.json" if eval_only else "train.json"
+    for text in (f"model.num_classes={number}", f"{part} has 5 categories", "model.num_classes=5"):
+        assert text in str(info.value)
+
+
+@pytest.mark.fault(51)
+def test_data_that_are_not_there(data, tmp_path, monkeypatch):
+    resolve_config(load_config(CONFIG, [data]))  # makes them
+    root = data.partition("=")[2]
+    message = refused(
+        [data, f"dataset.train.json={root}/trian.json", f"dataset.val.images={tmp_path}/no/val"]
+    )
+    assert f"dataset.train.json: {root}/trian.json does not exist; {root} holds no tr" in message
+    assert "holds no trian.json, but train.json" in message
+    assert (
+        f"dataset.val.images: {tmp_path}/no/val does not exist; {tmp_path} holds no no" in message
+    )
+    assert "dataset.val.json" not in message
+    (tmp_path / "coco2017").mkdir()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    config = Path(__file__).parents[2] / "projects" / "dn_detr" / "configs" / "dn_detr_r50_50ep.py"
+    message = refused([], str(config))
+    json = f"{tmp_path}/coco/annotations/instances_train2017.json"
+    assert f"dataset.train.json: {json} does not exist; {tmp_path} holds no coco, but coco2017" in (
+        message
+    )
+    assert f"DETECTRON2_DATASETS is '{tmp_path}': set it to the folder that holds" in message
+    with pytest.raises(ConfigError) as info:
+        resolve_config(load_config(str(config)), eval_only=True)
+    assert "dataset.val.json" in str(info.value) and "dataset.train" not in str(info.value)
 
 
 def test_train_and_val_need_the_same_categories(data, tmp_path):
@@ -229,6 +349,7 @@ def test_learning_rate_for_another_batch_is_said_and_scaled_on_request(data, cap
     assert cfg.optimizer.lr == pytest.approx(2.5e-5)
 
 
+@pytest.mark.fault(14)
 def test_saved_config_loads_and_is_the_same(data, tmp_path):
     cfg = load_config(CONFIG, [data, "train.ema.enabled=True"])
     resolve_config(cfg)
@@ -237,7 +358,15 @@ def test_saved_config_loads_and_is_the_same(data, tmp_path):
     loaded = load_config(str(tmp_path / "config.yaml"), ["train.max_iter=9"])
     assert loaded.train.max_iter == 9
     assert loaded.train.ema.enabled
-    model = instantiate(loaded.model)
+    models = []
+    for config in (cfg, loaded):
+        torch.manual_seed(config.train.seed)
+        models.append(instantiate(config.model))
+    assert type(models[0]) is type(models[1])
+    weights, again = (model.state_dict() for model in models)
+    assert list(weights) == list(again)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    model = models[1]
     loaded.optimizer.params.model = model
     rates = {
         name: group["lr"]
