@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dn_detr.checkpoint.class_rows import count_classes, move_rows, pair_names
-from dn_detr.checkpoint.formats import FORMATS, detect_format, sample, without_ddp_prefix
+from dn_detr.checkpoint.contents import AVERAGED, as_tensors, own_metadata
+from dn_detr.checkpoint.formats import FORMATS, detect_format, sample
 from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint
 from dn_detr.checkpoint.writing import (
-    FORMAT_VERSION,
     build_metadata,
     remove_leftovers,
     save_atomically,
@@ -132,8 +130,8 @@ class DNCheckpointer(DetectionCheckpointer):
                 are not finite, is to be converted first, or (strict) does not fit.
         """
         checkpoint = self._read(path)
-        metadata = _metadata(checkpoint, path)
-        state = _as_tensors(checkpoint.pop("model"), path)
+        metadata = own_metadata(checkpoint, path)
+        state = as_tensors(checkpoint.pop("model"), path)
         if checkpoint.pop("matching_heuristics", False):
             c2_names = checkpoint.get("__author__") == "Caffe2"
             state = self._match_backbone(state, path, c2_names, strict)
@@ -141,6 +139,8 @@ class DNCheckpointer(DetectionCheckpointer):
             _check_converted(state, path)
             theirs = metadata.get("categories", [])
             state = self._fit_classes(state, theirs, categories, path, strict)
+        if strict and isinstance(checkpoint.get(AVERAGED), Mapping):
+            as_tensors(checkpoint[AVERAGED].get("model"), f"{path} (averaged weights)")
         self._load_state(state, path, strict)
         return checkpoint
 
@@ -297,38 +297,6 @@ class DNCheckpointer(DetectionCheckpointer):
         incompatible = self._load_model({"model": state})
         if not all(name.startswith(_BACKBONE) for name in state):
             self._log_incompatible_keys(incompatible)
-
-
-def _metadata(checkpoint: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """What the file says of itself, if it is one of ours."""
-    metadata = checkpoint.get("metadata")
-    if not isinstance(metadata, Mapping) or "format_version" not in metadata:
-        return {}
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"Checkpoint {path} has format version {metadata['format_version']}, this dn_detr "
-            f"reads up to {FORMAT_VERSION}: upgrade dn_detr."
-        )
-    return metadata
-
-
-def _as_tensors(model: Any, path: str) -> dict[str, Tensor]:
-    if not isinstance(model, Mapping):
-        raise CheckpointError(f"Checkpoint {path}: its model is a {type(model).__name__}, no dict.")
-    tensors = {}
-    for name, value in without_ddp_prefix(model).items():
-        if not isinstance(value, (Tensor, np.ndarray, np.generic)):
-            raise CheckpointError(
-                f"Checkpoint {path}: the entry {name!r} is a {type(value).__name__}, not a tensor. "
-                f'A checkpoint is a dict of tensors, or has one under "model".'
-            )
-        tensors[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
-            raise CheckpointError(
-                f"Checkpoint {path}: {name} holds numbers that are not finite. The training that "
-                f"wrote it has diverged; use an earlier checkpoint."
-            )
-    return tensors
 
 
 def _check_converted(state: Mapping[str, Tensor], path: str) -> None:

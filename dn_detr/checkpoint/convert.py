@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dn_detr.checkpoint.arguments import saved_arguments
 from dn_detr.checkpoint.class_rows import count_classes
 from dn_detr.checkpoint.coco import COCO_CATEGORIES, NUM_PUBLISHED_CLASSES
+from dn_detr.checkpoint.export import refuse_same_file
 from dn_detr.checkpoint.fitting import check_same_model, find_remedy
 from dn_detr.checkpoint.formats import FORMATS, detect_format, sample, without_ddp_prefix
 from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint
@@ -27,7 +28,7 @@ from dn_detr.checkpoint.state_dicts import (
     convert_state_dict,
     unknown_format,
 )
-from dn_detr.checkpoint.writing import build_metadata, save_atomically
+from dn_detr.checkpoint.writing import build_metadata, save_weights
 from dn_detr.requirements import require_detectron2
 
 require_detectron2()
@@ -45,7 +46,7 @@ def convert_file(source: str, output: str, cfg: DictConfig, config_file: str) ->
 
     Args:
         source: what the authors (or detrex) publish.
-        output: file to write; its folder is made.
+        output: file to write, `.safetensors` or `.pth`; its folder is made.
         cfg: the config of the model; its `model.num_classes` null means COCO's 80.
         config_file: where `cfg` comes from, for messages.
 
@@ -56,8 +57,7 @@ def convert_file(source: str, output: str, cfg: DictConfig, config_file: str) ->
         CheckpointError: the file cannot be read, is of no known format, or is not what the config
             describes. Nothing is left at `output` then that was not there before.
     """
-    if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
-        raise CheckpointError(f"OUTPUT {output} is the source file itself; name another one.")
+    refuse_same_file(source, output)
     checkpoint = _as_dict(read_checkpoint(source), source)
     published = without_ddp_prefix(checkpoint["model"])
     kind = detect_format(published)
@@ -72,7 +72,7 @@ def convert_file(source: str, output: str, cfg: DictConfig, config_file: str) ->
     if not categories:
         warnings.append("the classes are not COCO's, so the output does not name them")
     metadata = build_metadata(_config_text(cfg), categories)
-    _write_verified({"model": conversion.state, "metadata": metadata}, output, model, categories)
+    _write_verified(conversion.state, metadata, output, model)
     return _table(source, output, conversion, compared, warnings)
 
 
@@ -108,7 +108,10 @@ def _as_dict(data: Any, source: str) -> dict[str, Any]:
             f'{source} holds no dict of tensors, neither itself nor under "model"; it holds: {keys}'
         )
     if "metadata" in checkpoint and any(name.startswith("queries.") for name in model):
-        raise CheckpointError(f"{source} is a checkpoint of this project already.")
+        raise CheckpointError(
+            f"{source} is a checkpoint of this project already. To write its weights without the "
+            f"training, leave out --config-file."
+        )
     return {**checkpoint, "model": model} if "model" in checkpoint else {"model": model}
 
 
@@ -181,17 +184,19 @@ def _config_text(cfg: DictConfig) -> str:
 
 
 def _write_verified(
-    data: dict[str, Any], output: str, model: nn.Module, categories: list[dict[str, Any]]
+    state: Mapping[str, Tensor], metadata: dict[str, Any], output: str, model: nn.Module
 ) -> None:
     """Writes beside `output`, loads that strictly, and gives it its name if all is well."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    trial = path.with_name(f".{path.stem}.unverified.pth")
+    suffix = ".safetensors" if path.suffix == ".safetensors" else ".pth"
+    trial = path.with_name(f".{path.stem}.unverified{suffix}")
     try:
-        save_atomically(data, trial)
+        save_weights(state, metadata, trial)
+        categories = metadata["categories"]
         DNCheckpointer(model).load_weights(str(trial), categories=categories, strict=True)
         loaded = model.state_dict()
-        if not all(loaded[name].equal(value) for name, value in data["model"].items()):
+        if not all(loaded[name].equal(value) for name, value in state.items()):
             raise CheckpointError(f"{output}: the model does not hold the converted weights.")
         os.replace(trial, path)
     finally:

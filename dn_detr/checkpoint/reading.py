@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import json
 import logging
 import pathlib
 import pickle
@@ -57,7 +58,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> Any:
 
     Returns:
         What the file holds: usually a dict, of tensors or with a dict of tensors under "model".
-        `.pkl` gives numpy arrays, as detectron2 expects them.
+        `.pkl` gives numpy arrays, as detectron2 expects them; a `.safetensors` of
+        `writing.save_weights` gives "model" and "metadata".
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it wants to run code.
@@ -80,6 +82,8 @@ def find_damage(path: Path) -> str:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if not any(record.CRC for record in archive.infolist()):
+                return ""  # written without, see torch.serialization.set_crc32_options
             record = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, zlib.error) as error:
         return str(error)
@@ -236,12 +240,18 @@ def _read_pickle(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
+        from safetensors import safe_open
         from safetensors.torch import load_file
     except ImportError as error:
         raise CheckpointError(f"Reading {path} needs: pip install safetensors") from error
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+        tensors = load_file(path)
+        if "format_version" not in texts:  # of others
+            return tensors
+        return {"model": tensors, "metadata": {key: json.loads(texts[key]) for key in texts}}
     except Exception as error:  # safetensors' own exception type is not public
         raise _damaged(path, error) from error

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -44,22 +45,51 @@ def save_atomically(data: Mapping[str, Any], path: str | Path) -> None:
     """
     plain = as_plain(data)
     with _replacing(Path(path)) as temporary:
-        with temporary.open("wb") as file:
+        with _synced(temporary.open("wb")) as file:
             _torch_save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
         damage = find_damage(temporary)
         if damage:
             raise OSError(errno.EIO, f"what was written reads back damaged: {damage}", str(path))
 
 
+def save_weights(
+    model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], path: str | Path
+) -> None:
+    """Writes a model without the training that made it, as `save_atomically` does.
+
+    Args:
+        model: state_dict.
+        metadata: of `build_metadata`.
+        path: `.safetensors`, which holds the metadata as JSON; any other suffix: as `torch.save`.
+
+    Raises:
+        OSError: see `save_atomically`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        save_atomically({"model": model, "metadata": metadata}, path)
+        return
+    from safetensors.torch import load_file, save
+
+    # Copies: the format holds no tensor that is part of another.
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in model.items()
+    }
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    with _replacing(path) as temporary:
+        with _synced(temporary.open("wb")) as file:
+            file.write(save(tensors, metadata=texts))
+        written = load_file(temporary)
+        if not all(_same_bytes(written[name], value) for name, value in tensors.items()):
+            raise OSError(errno.EIO, "what was written reads back differently", str(path))
+
+
 def write_text_atomically(text: str, path: str | Path) -> None:
     """As `save_atomically`, for a small text."""
     with _replacing(Path(path)) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
+        with _synced(temporary.open("w", encoding="utf-8")) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -87,7 +117,22 @@ def _replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def _torch_save(data: Any, file: BinaryIO) -> None:
+@contextlib.contextmanager
+def _synced(opened: IO[Any]) -> Iterator[IO[Any]]:
+    """Forces what is written to the disk before the file is closed."""
+    with opened as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether nothing differs, NaN included."""
+    as_bytes = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*as_bytes)
+
+
+def _torch_save(data: Any, file: IO[bytes]) -> None:
     """`torch.save`, whose own writer turns some errors of the disk into a RuntimeError."""
     try:
         torch.save(data, file)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dn_detr.checkpoint import reading
 from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint
@@ -29,6 +30,7 @@ class _EvilEval(_Evil):
         return eval, (f"__import__('os').mkdir({self.canary!r})",)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("evil", [_Evil, _EvilEval])
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".pyth"])
 def test_pth_that_would_run_code_is_refused(tmp_path, evil, suffix):
@@ -39,6 +41,8 @@ def test_pth_that_would_run_code_is_refused(tmp_path, evil, suffix):
     assert not canary.exists()
 
 
+@pytest.mark.fault(29)
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_bare_pickle_that_would_run_code_is_refused(tmp_path, suffix, protocol):
@@ -49,6 +53,7 @@ def test_bare_pickle_that_would_run_code_is_refused(tmp_path, suffix, protocol):
     assert not canary.exists()
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("evil", [_Evil, _EvilEval])
 def test_pkl_names_what_it_refused(tmp_path, evil):
     canary, path = tmp_path / "canary", tmp_path / "evil.pkl"
@@ -58,6 +63,7 @@ def test_pkl_names_what_it_refused(tmp_path, evil):
     assert not canary.exists()
 
 
+@pytest.mark.fault(30)
 def test_pkl_refuses_other_codecs(tmp_path):
     class Encoded:
         def __reduce__(self):
@@ -71,6 +77,7 @@ def test_pkl_refuses_other_codecs(tmp_path):
         read_checkpoint(path)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_zoo_pkl_loads(tmp_path, protocol):
     model = OrderedDict(
@@ -86,6 +93,7 @@ def test_zoo_pkl_loads(tmp_path, protocol):
         assert np.array_equal(loaded["model"][name], array)
 
 
+@pytest.mark.fault(30)
 def test_zoo_pkl_of_python_2_loads(tmp_path):
     # {'a': numpy.zeros(1, 'u1') with the byte 0xe9}, as Python 2 and numpy 1 wrote it
     text = (
@@ -98,6 +106,7 @@ def test_zoo_pkl_of_python_2_loads(tmp_path):
     assert read_checkpoint(path)["a"].tolist() == [0xE9]
 
 
+@pytest.mark.fault(32)
 def test_namespace_numpy_scalars_and_paths_load(tmp_path):
     path = tmp_path / "official.pth"
     args = argparse.Namespace(lr=1e-4, dilation=True, output_dir=Path("out"), names=["a"])
@@ -107,6 +116,7 @@ def test_namespace_numpy_scalars_and_paths_load(tmp_path):
     assert torch.equal(loaded["model"]["a"], torch.ones(2))
 
 
+@pytest.mark.fault(32)
 def test_allowing_namespaces_ends_with_the_call(tmp_path):
     path = tmp_path / "official.pth"
     torch.save({"args": argparse.Namespace()}, path)
@@ -116,6 +126,7 @@ def test_allowing_namespaces_ends_with_the_call(tmp_path):
         torch.load(path, weights_only=True)
 
 
+@pytest.mark.fault(17)
 def test_missing_file_lists_what_lies_beside(tmp_path):
     torch.save({}, tmp_path / "model_final.pth")
     with pytest.raises(CheckpointError, match=r"does not exist.*model_final\.pth"):
@@ -160,10 +171,31 @@ def test_old_torch_is_warned_of_once(monkeypatch, caplog, version, warned):
     assert len(caplog.records) == warned
 
 
-def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+def test_a_file_written_without_checksums_loads(tmp_path):
+    set_options = pytest.importorskip("torch.serialization").set_crc32_options
+    path = tmp_path / "a.pth"
+    set_options(False)
+    try:
+        torch.save({"a": torch.ones(100)}, path)
+    finally:
+        set_options(True)
+    assert read_checkpoint(path)["a"].equal(torch.ones(100))
+
+
+@pytest.mark.fault(34)
+def test_safetensors_of_others(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert torch.equal(read_checkpoint(tmp_path / "x.safetensors")["a"], torch.ones(2))
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_safetensors(tmp_path, part):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2000)}, path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    with pytest.raises(CheckpointError, match=r"x.safetensors .*(truncated|empty)"):
+        read_checkpoint(path)
 
 
 def test_safetensors_names_what_it_lacks(tmp_path, monkeypatch):
