@@ -18,6 +18,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.engine import default_argument_parser
 
+from dn_detr.engine.config import load_config
 from dn_detr.engine.launch import guarded_main, run
 from dn_detr.engine.main import main
 from tests.processes import finish, start_ranks
@@ -122,6 +123,7 @@ def test_checkpoint_says_what_it_is(trained):
     assert "TinyDetector" in stored["metadata"]["config"]
 
 
+@pytest.mark.fault(14)
 def test_eval_only_equals_the_final_evaluation(trained, shapes, tmp_path):
     folder, results = trained
     weights = f"train.init_checkpoint={folder}/model_final.pth"
@@ -200,6 +202,7 @@ def test_resume_with_nothing_to_resume_starts_and_says_so(trained, shapes, tmp_p
     assert f"Nothing to resume in {tmp_path}: starting from {weights}" in log
 
 
+@pytest.mark.fault(13)
 def test_folder_with_checkpoints_is_refused_or_replaced(shapes, tmp_path):
     train(tmp_path, shapes, "train.max_iter=1")
     (tmp_path / "notes.txt").write_text("mine")
@@ -216,6 +219,42 @@ def test_folder_with_checkpoints_is_refused_or_replaced(shapes, tmp_path):
     assert not (tmp_path / "inference_ema" / "coco_instances_results.json").exists()
 
 
+def contents(folder):
+    """The bytes of every file but the log, which a refused run may go on with."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"]
+    return {path: path.read_bytes() for path in files}
+
+
+def wrong(row, *overrides, part, flags=("--resume",)):
+    return pytest.param(
+        overrides, flags, part, marks=pytest.mark.fault(row), id=" ".join(overrides)
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides, flags, part",
+    [
+        wrong(1, "train.max_iters=5", part="unknown key train.max_iters; did you mean train.max_i"),
+        wrong(2, "optimizer.Lr=1", part="unknown key optimizer.Lr; did you mean optimizer.lr?"),
+        wrong(3, "train.note=x", part="A new key is written +train.note=..."),
+        wrong(4, "train.max_iter=abc", part="train.max_iter expects an integer, got str."),
+        wrong(5, "TRAIN.MAX_ITER", "5", part="use train.max_iter=5 instead of TRAIN.MAX_ITER 5"),
+        wrong(8, "train.max_iter=0", "optimizer.lr=-1", part="\n  optimizer.lr=-1: expected a fin"),
+        wrong(11, "train.device=cuda:99", part="train.device=c"),
+        wrong(13, "train.max_iter=5", part="already holds checkpoints", flags=()),
+        wrong(16, "train.seed=1", part="train.init_checkpoint=", flags=("--eval-only",)),
+        wrong(50, "model.num_classes=7", part="has 5 categories with ids up to 5: use model.num"),
+        wrong(51, "dataset.train.json=/no/x.json", part="/no/x.json does not exist; / holds no no"),
+    ],
+)
+def test_what_is_refused_harms_nothing(trained, shapes, overrides, flags, part):
+    folder, _ = trained
+    before = contents(folder)
+    assert part in refused(folder, shapes, *overrides, flags=flags)
+    assert contents(folder) == before
+
+
+@pytest.mark.fault(16)
 def test_evaluation_without_a_checkpoint_is_refused(shapes, tmp_path):
     message = refused(tmp_path, shapes, flags=["--eval-only"])
     assert "no checkpoint is given: train.init_checkpoint=FILE" in message
@@ -247,10 +286,48 @@ def test_weights_that_cannot_be_fetched(shapes, tmp_path, monkeypatch):
     assert f"Checkpoint {cached} " in again  # the file put there is the one that is read
 
 
-def test_output_folder_that_cannot_be_written(shapes, tmp_path):
-    (tmp_path / "file").write_text("")
-    message = refused(tmp_path / "file" / "out", shapes)
-    assert "cannot be written" in message and "train.output_dir=FOLDER" in message
+@pytest.mark.fault(12)
+def test_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Said before data are read or a model is built."""
+    monkeypatch.setattr("dn_detr.engine.main.resolve_config", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "out", tmp_path / "file", "/proc/x"):
+        message = refused(folder)
+        assert f"train.output_dir={folder} cannot be written: " in message
+        assert "train.output_dir=FOLDER" in message
+    assert "train.output_dir is not given" in refused("null")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.fault(3)
+@pytest.mark.fault(10)
+def test_a_new_key_is_saved_and_amp_runs_on_the_cpu(shapes, tmp_path):
+    options = [shapes, "+train.note=x", "train.amp.enabled=True", "train.max_iter=1"]
+    train(tmp_path, *options)
+    assert load_config(str(tmp_path / "config.yaml")).train.note == "x"
+    assert all(v.isfinite().all() for v in load(tmp_path / "model_final.pth")["model"].values())
+    message = refused(tmp_path / "half", *options, "train.amp.dtype=float16", "train.device=cpu")
+    assert "train.amp.dtype=float16 needs a GPU: train.amp.dtype=bfloat16" in message
+
+
+@pytest.mark.fault(64)
+def test_predictions_of_a_part_of_the_images_have_no_ap(trained, shapes, tmp_path):
+    folder, _ = trained
+    weights = f"train.init_checkpoint={folder}/model_final.pth"
+    half = "dataloader.test.sampler={_target_: detectron2.data.samplers.InferenceSampler, size: 3}"
+    message = refused(tmp_path, shapes, weights, half, flags=["--eval-only"])
+    assert "there is no AP" in message and "2 images (4, 5): no prediction." in message
+    assert "The test loader has to give every image" in message
+    assert not (tmp_path / "inference").exists()
+
+
+@pytest.mark.fault(6)
+def test_the_script_without_a_config(tmp_path):
+    done = script(cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    expected = "error: no config given: --config-file projects/dn_detr/configs/NAME.py"
+    assert done.stderr.strip().splitlines()[-1] == expected
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_error_of_ours_is_a_message_and_a_bug_is_a_traceback(shapes, tmp_path):
@@ -266,7 +343,16 @@ def test_error_of_ours_is_a_message_and_a_bug_is_a_traceback(shapes, tmp_path):
     [
         (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2 is not in 0..1"),
         (["--num-machines", "2"], "--dist-url tcp://HOST:PORT"),
-        (["--num-gpus", "2", "dataloader.train.total_batch_size=3"], "cannot be shared by 2"),
+        pytest.param(
+            ["--num-gpus", "2", "dataloader.train.total_batch_size=3"],
+            "dataloader.train.total_batch_size=3 cannot be shared by 2 processes: take 2 or 4",
+            marks=pytest.mark.fault(9),
+        ),
+        pytest.param(
+            ["--num-gpus", "2", "train.max_iter=0"],
+            "train.max_iter=0: expected an integer of at least 1",
+            marks=pytest.mark.fault(8),
+        ),
     ],
 )
 def test_command_line_is_refused_before_processes_start(options, part):
