@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from dn_detr.engine.config import load_config
-from dn_detr.evaluation.pictures import draw_images
+from dn_detr.evaluation.pictures import draw_images, score_of
 from dn_detr.evaluation.predictor import Predictor, find_images, find_weights
 
 
@@ -23,7 +23,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, help="the config of the checkpoint")
     parser.add_argument("--weights", help="a checkpoint of tools/train_net.py or a converted one")
     parser.add_argument("--output", required=True, help="a folder for the pictures")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score (default 0.5)")
+    parser.add_argument(
+        "--threshold", type=score_of, default=0.5, help="lowest score, 0 to 1 (default 0.5)"
+    )
     parser.add_argument(
         "--raw", action="store_true", help="not the averaged weights, if there are some"
     )

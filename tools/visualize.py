@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from dn_detr.engine.config import load_config, resolve_config
-from dn_detr.evaluation.pictures import draw_validation
+from dn_detr.evaluation.pictures import draw_validation, score_of
 from dn_detr.evaluation.predictor import Predictor, find_weights
 
 
@@ -23,7 +23,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="a folder for the pictures")
     parser.add_argument("--num-images", type=int, default=8, help="how many (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the images (default 0)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score (default 0.5)")
+    parser.add_argument(
+        "--threshold", type=score_of, default=0.5, help="lowest score, 0 to 1 (default 0.5)"
+    )
     parser.add_argument(
         "--raw", action="store_true", help="not the averaged weights, if there are some"
     )

@@ -325,6 +325,10 @@ def _bad_machine(cfg: DictConfig, num_processes: int) -> list[str]:
         problems.append(f"train.device={device} names one GPU for {num_processes} processes: cuda")
     if on_gpu and not torch.cuda.is_available():
         problems.append(f"train.device={device}, but torch finds no GPU: train.device=cpu")
+    elif on_gpu and device is not None and ":" in str(device):
+        count = torch.cuda.device_count()
+        if str(device) not in [f"cuda:{index}" for index in range(count)]:
+            problems.append(f"train.device={device}, but GPUs are cuda:0 to cuda:{count - 1}")
     if cfg.train.amp.enabled and cfg.train.amp.dtype == "float16" and not on_gpu:
         problems.append("train.amp.dtype=float16 needs a GPU: train.amp.dtype=bfloat16")
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import random
 from collections.abc import Sequence
@@ -32,6 +33,21 @@ logger = logging.getLogger(__name__)
 COLUMNS = 2
 GAP_OF_PAIRS = 32  # pixels: wide enough to see which two belong together
 MAX_SHEET_WIDTH = 2400  # pixels
+
+
+def score_of(text: str) -> float:
+    """A score on a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not in 0..1.
+    """
+    try:
+        score = float(text)
+    except ValueError:
+        score = float("nan")
+    if not 0 <= score <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1, such as 0.5")
+    return score
 
 
 def draw_images(

@@ -20,6 +20,7 @@ from detectron2.data import transforms as T  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from dn_detr.checkpoint.checkpointer import DNCheckpointer  # noqa: E402
+from dn_detr.checkpoint.class_rows import count_classes  # noqa: E402
 from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint  # noqa: E402
 from dn_detr.data.categories import class_mapping, read_categories  # noqa: E402
 from dn_detr.engine.files import fetch_weights  # noqa: E402
@@ -40,7 +41,8 @@ class Predictor:
     def __init__(self, cfg: DictConfig, weights: str, averaged: bool = True) -> None:
         """
         Args:
-            cfg: of `load_config`; `model.num_classes` and `train.device` may be null.
+            cfg: of `load_config`; `model.num_classes` (then that of the weights) and
+                `train.device` may be null.
             weights: a checkpoint file, or an address that detectron2 can fetch.
             averaged: take the averaged weights (train.ema) if the checkpoint has some.
 
@@ -49,8 +51,12 @@ class Predictor:
             DatasetError: neither the checkpoint nor the config tells the classes.
         """
         path = fetch_weights(weights)
-        categories = _categories(path) or read_categories(cfg.dataset.val.json)
-        names, _ = class_mapping(categories, cfg.model.num_classes, source=path)
+        checkpoint = read_checkpoint(path)
+        categories = _categories(checkpoint) or read_categories(cfg.dataset.val.json)
+        number = cfg.model.num_classes
+        if number is None:  # more than the categories where classes are their ids: COCO's 91
+            number = _count_classes(checkpoint)
+        names, _ = class_mapping(categories, number, source=path)
         self.class_names: list[str] = names
         cfg = cfg.copy()
         cfg.model.num_classes = len(names)
@@ -86,9 +92,14 @@ class Predictor:
         return instances[instances.scores.argsort(descending=True)]
 
 
-def _categories(path: str) -> Sequence[dict[str, Any]]:
+def _count_classes(checkpoint: Any) -> int | None:
+    """The number of classes that a checkpoint has weights for; None if that cannot be told."""
+    weights = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
+    return count_classes(weights) if isinstance(weights, Mapping) else None
+
+
+def _categories(checkpoint: Any) -> Sequence[dict[str, Any]]:
     """The categories that a checkpoint names; none if it is not one of ours."""
-    checkpoint = read_checkpoint(path)
     metadata = checkpoint.get("metadata") if isinstance(checkpoint, Mapping) else None
     return metadata.get("categories", []) if isinstance(metadata, Mapping) else []
 

@@ -243,6 +243,16 @@ def test_gpu_that_is_not_there(data, monkeypatch):
     assert cfg.train.device == "cpu"
 
 
+@pytest.mark.fault(11)
+def test_gpu_of_a_number_that_is_not_there(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "train.device=cuda:2, but GPUs are cuda:0 to cuda:1" in refused(
+        [data, "train.device=cuda:2"]
+    )
+    resolve_config(load_config(CONFIG, [data, "train.device=cuda:1"]))
+
+
 @pytest.mark.gpu
 @pytest.mark.fault(11)
 def test_gpu_that_is_there(data):

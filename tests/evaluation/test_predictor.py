@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("detectron2")
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
 
+from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata
 from dn_detr.checkpoint.reading import CheckpointError
 from dn_detr.data.categories import DatasetError
 from dn_detr.engine.config import load_config
@@ -79,6 +81,21 @@ def test_classes_come_from_the_checkpoint(trained, predictor: Predictor, tmp_pat
     with pytest.raises(DatasetError, match="num_classes=3"):
         cfg = load_config(CONFIG, [*overrides, "model.num_classes=3"])
         Predictor(cfg, str(folder / "model_final.pth"))
+
+
+@pytest.mark.fault(50)
+def test_classes_that_are_category_ids_come_from_the_checkpoint(tmp_path: Path) -> None:
+    """As in the published checkpoints: 91 classes for 80 categories."""
+    config = str(ROOT / "projects" / "dn_detr" / "configs" / "shapes_demo.py")
+    sizes = ["neck.embed_dim=32", "queries.num_queries=9", "decoder.num_layers=1"]
+    overrides = ["train.device=cpu", *(f"model.{size}" for size in sizes)]
+    model = instantiate(load_config(config, [*overrides, "model.num_classes=4"]).model)
+    categories = [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}]
+    metadata = build_metadata("", categories)
+    DNCheckpointer(model, str(tmp_path), metadata=metadata).save("model")
+    found = Predictor(load_config(config, overrides), str(tmp_path / "model.pth"))
+    assert found.class_names == ["N/A", "cat", "N/A", "dog"]
+    assert found.model.num_classes == 4
 
 
 def test_images_are_prepared_as_in_the_evaluation(trained, predictor: Predictor) -> None:
@@ -176,6 +193,18 @@ def test_demo_tool(trained, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "none.pth" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("threshold", ["50", "-0.1", "nan", "high"])
+@pytest.mark.parametrize("name, rest", [("demo.py", ["image.png"]), ("visualize.py", [])])
+def test_a_threshold_that_is_no_score_is_refused(name, rest, threshold, monkeypatch, capsys):
+    options = ["--config-file", CONFIG, "--output", "out", "--threshold", threshold, *rest]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as info:
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    assert info.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --threshold: {threshold} is not a number from 0 to 1" in message
 
 
 def test_visualize_tool_makes_data_that_are_not_there(trained, tmp_path: Path) -> None:
