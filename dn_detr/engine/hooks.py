@@ -75,8 +75,8 @@ class PeriodicCheckpointer(HookBase):
             return True
         problem = self._try(numbered_name(iteration))
         if problem:
-            after = f" The next try comes after iteration {next_try}." if next_try else ""
-            logger.warning("%s%s", problem, after)
+            of = f"{next_try} of {self.trainer.max_iter} iterations"
+            logger.warning("%s%s", problem, f" The next try comes after {of}." if next_try else "")
             return False
         self._saved = iteration
         if self._max_to_keep is not None:

@@ -255,7 +255,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, monkeypatch, caplog, error):
     (said,) = warnings(caplog)
     assert said == (
         f"{tmp_path}/model_0000003.pth could not be saved: {os.strerror(error)}. The checkpoint "
-        f"before it, model_final.pth, is whole. The next try comes after iteration 6."
+        f"before it, model_final.pth, is whole. The next try comes after 6 of 10 iterations."
     )
     assert weight(tmp_path, "model_final") == 9
 
