@@ -1,5 +1,4 @@
 """Reading, writing and converting weights, without ever running code that a file brings along.
 
-`reading`, `writing`, `formats` and `class_rows` are plain PyTorch; `checkpointer` and `convert`
-need detectron2.
+`checkpointer`, `convert` and `fitting` need detectron2; all else is plain PyTorch.
 """

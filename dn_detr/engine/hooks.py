@@ -11,7 +11,7 @@ from dn_detr.requirements import require_detectron2
 
 require_detectron2()
 
-from detectron2.engine import HookBase  # noqa: E402
+from detectron2.engine import HookBase, TrainerBase  # noqa: E402
 
 from dn_detr.checkpoint.checkpointer import CheckpointError, DNCheckpointer  # noqa: E402
 from dn_detr.checkpoint.folder import (  # noqa: E402
@@ -27,11 +27,11 @@ _RETRY = 100  # iterations
 
 
 class PeriodicCheckpointer(HookBase):
-    """Writes `model_<iteration>.pth` every `period` iterations, and `model_final.pth` at the end.
+    """Writes `model_<iteration>.pth` every `period` iterations.
 
     detectron2's own hook ends the training where a file cannot be written, and counts the files to
-    keep from the start of the process. Here a failure is a warning and tried again, except at the
-    end, and the files in the folder are what is counted.
+    keep from the start of the process. Here a failure is a warning and tried again, and the files
+    in the folder are what is counted. `model_final.pth` is left to `FinalCheckpointer`.
     """
 
     def __init__(
@@ -55,8 +55,6 @@ class PeriodicCheckpointer(HookBase):
             self._retry = min(done + min(self._period, _RETRY), last) if done < last else None
             if self._save_numbered(self._retry):
                 self._retry = None
-        if done >= last:
-            self._save_final()
 
     def save_now(self) -> bool:
         """Writes the checkpoint of this iteration, unless it is there; call it after a whole step.
@@ -73,10 +71,11 @@ class PeriodicCheckpointer(HookBase):
         iteration = self.trainer.iter
         if self._saved == iteration:
             return True
-        problem = self._try(numbered_name(iteration))
-        if problem:
+        try:
+            _save(self._checkpointer, self.trainer, numbered_name(iteration), iteration)
+        except _NotSaved as error:
             of = f"{next_try} of {self.trainer.max_iter} iterations"
-            logger.warning("%s%s", problem, f" The next try comes after {of}." if next_try else "")
+            logger.warning("%s%s", error, f" The next try comes after {of}." if next_try else "")
             return False
         self._saved = iteration
         if self._max_to_keep is not None:
@@ -84,25 +83,65 @@ class PeriodicCheckpointer(HookBase):
             remove_old_checkpoints(folder, self._max_to_keep, iteration)
         return True
 
-    def _save_final(self) -> None:
-        problem = self._try("model_final")
-        if problem:
-            raise CheckpointError(f"{problem} Make room there, then --resume.")
 
-    def _try(self, name: str) -> str:
-        """Saves; returns what went wrong, "" for nothing."""
-        try:
-            self._checkpointer.save(name, iteration=self.trainer.iter)
-        except OSError as error:
-            return _not_saved(self._checkpointer, name, error)
-        return ""
+class FinalCheckpointer(HookBase):
+    """Writes `model_final.pth` after the last step; to be registered last.
+
+    Where that fails, the last evaluation still runs, and the file is tried again after it. Only
+    then the training ends with an error.
+    """
+
+    FILE = "model_final"
+
+    def __init__(self, checkpointer: DNCheckpointer) -> None:
+        """
+        Args:
+            checkpointer: writes the file to its `save_dir`.
+        """
+        self._checkpointer = checkpointer
+        self._saved = False
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            try:
+                self._save()
+            except _NotSaved as error:
+                logger.warning("%s The next try comes after the last evaluation.", error)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter and not self._saved:
+            try:
+                self._save()
+            except _NotSaved as error:
+                raise CheckpointError(f"{error} Make room there, then --resume.") from error
+
+    def _save(self) -> None:
+        _save(self._checkpointer, self.trainer, self.FILE, self.trainer.max_iter - 1)
+        self._saved = True
 
 
-def _not_saved(checkpointer: DNCheckpointer, name: str, error: OSError) -> str:
-    path = os.path.join(checkpointer.save_dir, f"{name}.pth")
-    last = os.path.basename(checkpointer.get_checkpoint_file())
-    former = f"The checkpoint before it, {last}, is whole." if last else "There is none before it."
-    return f"{path} could not be saved: {error.strerror or error}. {former}"
+class _NotSaved(CheckpointError):
+    """What was there before is intact."""
+
+
+def _save(
+    checkpointer: DNCheckpointer, trainer: TrainerBase, name: str, iteration: int, **extra: Any
+) -> None:
+    """Saves what the trainer has after an iteration.
+
+    Raises:
+        _NotSaved: the file cannot be written.
+    """
+    # Before and after training, the trainer's own iteration is one ahead of the weights.
+    state = {**trainer.state_dict(), "iteration": iteration}
+    try:
+        checkpointer.save(name, iteration=iteration, **{TRAINER: state}, **extra)
+    except OSError as error:
+        path = os.path.join(checkpointer.save_dir, f"{name}.pth")
+        last = os.path.basename(checkpointer.get_checkpoint_file())
+        former = f"The checkpoint before it, {last}, is whole." if last else "There is none yet."
+        reason = error.strerror or error
+        raise _NotSaved(f"{path} could not be saved: {reason}. {former}") from error
 
 
 class BestCheckpointer(HookBase):
@@ -180,15 +219,12 @@ class BestCheckpointer(HookBase):
     def _save(self, value: float, iteration: int) -> None:
         before = self.best, self.best_iteration
         self.best, self.best_iteration = value, iteration
-        # Before and after training, the trainer's own iteration is one ahead of the weights.
-        trainer = {**self.trainer.state_dict(), "iteration": iteration}
-        extra = {TRAINER: trainer, "iteration": iteration, "best": self._best()}
+        extra = {"best": self._best(), "tag": False}
         try:
-            self._checkpointer.save(self.FILE, tag=False, **extra)
-        except OSError as error:
+            _save(self._checkpointer, self.trainer, self.FILE, iteration, **extra)
+        except _NotSaved as error:
             self.best, self.best_iteration = before
-            problem = _not_saved(self._checkpointer, self.FILE, error)
-            logger.warning("%s The next evaluation is the next try.", problem)
+            logger.warning("%s The next evaluation is the next try.", error)
 
     def _restore(self) -> None:
         """Takes the best value from the file; where that cannot be, keeps the checkpoint's."""

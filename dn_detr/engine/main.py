@@ -40,7 +40,11 @@ from dn_detr.engine.files import (  # noqa: E402
     prepare_output_dir,
     require_checkpoint,
 )
-from dn_detr.engine.hooks import BestCheckpointer, PeriodicCheckpointer  # noqa: E402
+from dn_detr.engine.hooks import (  # noqa: E402
+    BestCheckpointer,
+    FinalCheckpointer,
+    PeriodicCheckpointer,
+)
 from dn_detr.engine.trainer import Trainer  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -243,6 +247,7 @@ def _build_hooks(
             if is_main
             else None
         ),
+        FinalCheckpointer(checkpointer) if is_main else None,
     ]
 
 

@@ -111,6 +111,14 @@ def test_failed_save_leaves_checkpoint_and_tag(tmp_path, monkeypatch):
     assert DNCheckpointer(model, str(tmp_path)).resume_or_load("")["iteration"] == 3
 
 
+@pytest.mark.fault(23)
+def test_a_save_removes_what_a_killed_process_left(tmp_path):
+    for name in ("model_0000003", "model_0000005"):
+        (tmp_path / f".{name}.pth.tmp").write_bytes(b"half a file")
+    save(Detector(3), tmp_path, name="model_0000003")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000003.pth"]
+
+
 def test_load_can_be_tried_again_after_a_failure(tmp_path):
     checkpointer = DNCheckpointer(Detector(3))
     path = save(Detector(3), tmp_path)

@@ -18,7 +18,7 @@ from dn_detr.checkpoint import writing
 from dn_detr.checkpoint.checkpointer import CheckpointError, DNCheckpointer
 from dn_detr.checkpoint.folder import find_checkpoint
 from dn_detr.checkpoint.reading import read_checkpoint
-from dn_detr.engine.hooks import BestCheckpointer, PeriodicCheckpointer
+from dn_detr.engine.hooks import BestCheckpointer, FinalCheckpointer, PeriodicCheckpointer
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,8 @@ def train(
     best = BestCheckpointer(checkpointer, "bbox/AP", period=1)
     trainer.periodic = PeriodicCheckpointer(checkpointer, checkpoint_period, max_to_keep)
     evaluate = hooks.EvalHook(1, lambda: {"bbox": {"AP": next(remaining)}})
-    trainer.register_hooks([trainer.periodic, evaluate, best, *extra])
+    final = FinalCheckpointer(checkpointer)
+    trainer.register_hooks([trainer.periodic, evaluate, best, final, *extra])
     if start:
         checkpointer.resume(find_checkpoint(folder), categories=[])
         assert trainer.iter + 1 == start
@@ -277,18 +278,54 @@ def test_last_checkpoint_names_the_good_one_while_the_disk_is_full(tmp_path, mon
 
 
 @pytest.mark.fault(24)
-def test_the_last_checkpoint_that_fails_ends_the_training(tmp_path, monkeypatch):
-    fail(monkeypatch, lambda name: name == "model_final.pth")
+def test_the_last_checkpoint_that_fails_ends_the_training(tmp_path, monkeypatch, caplog):
+    tried = fail(monkeypatch, lambda name: name == "model_final.pth")
     with pytest.raises(CheckpointError) as error:
-        train(tmp_path, [1.0] * 4, checkpoint_period=3)
-    assert str(error.value) == (
+        train(tmp_path, [1.0] * 3 + [9.0], checkpoint_period=3)
+    problem = (
         f"{tmp_path}/model_final.pth could not be saved: No space left on device. The checkpoint "
-        f"before it, model_0000002.pth, is whole. Make room there, then --resume."
+        f"before it, model_0000002.pth, is whole."
     )
+    assert str(error.value) == f"{problem} Make room there, then --resume."
+    assert warnings(caplog) == [f"{problem} The next try comes after the last evaluation."]
+    assert tried[-3:] == ["model_final.pth", "model_best.pth", "model_final.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     monkeypatch.undo()
+    (tmp_path / "model_best.pth").unlink()
     train(tmp_path, [1.0], start=3)
     assert weight(tmp_path, "model_final") == 3
+
+
+@pytest.mark.fault(24)
+def test_the_last_checkpoint_is_tried_again_after_the_last_evaluation(tmp_path, monkeypatch):
+    seen = []
+    fail(monkeypatch, lambda name: name == "model_final.pth" and not seen)
+
+    class Evaluated(HookBase):
+        def after_train(self):
+            seen.append(True)
+
+    trainer = Counter(torch.nn.Linear(1, 1))
+    checkpointer = DNCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
+    trainer.register_hooks([Evaluated(), FinalCheckpointer(checkpointer)])
+    trainer.train(0, 4)
+    stored = read_checkpoint(tmp_path / "model_final.pth")
+    assert stored["iteration"] == stored["trainer"]["iteration"] == 3  # not one ahead
+    assert stored["model"]["weight"].item() == 3
+
+
+@pytest.mark.fault(24)
+def test_a_training_that_failed_leaves_no_final_checkpoint(tmp_path):
+    class Fails(HookBase):
+        def after_step(self):
+            raise RuntimeError("something else")
+
+    trainer = Counter(torch.nn.Linear(1, 1))
+    checkpointer = DNCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
+    trainer.register_hooks([Fails(), FinalCheckpointer(checkpointer)])
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train(0, 1)
+    assert not names(tmp_path)
 
 
 @pytest.mark.fault(24)
