@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
+from urllib.parse import urlparse
 
 import torch
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from dn_detr.requirements import require_detectron2
 
@@ -24,11 +28,21 @@ from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.engine.config import load_config, refuse_invalid_values  # noqa: E402
 from dn_detr.engine.distributed import SharedError, leave_group  # noqa: E402
+from dn_detr.engine.failures import explain  # noqa: E402
 from dn_detr.engine.main import main  # noqa: E402
 from dn_detr.engine.overrides import ConfigError  # noqa: E402
+from dn_detr.engine.stopping import TrainingStopped, forwarding  # noqa: E402
+from dn_detr.evaluation.checking import EvaluationError  # noqa: E402
 
 # All processes raise these alike, so one of them reports.
-SYMMETRIC_ERRORS = (ConfigError, DatasetError, CheckpointError, SharedError, FloatingPointError)
+SYMMETRIC_ERRORS = (
+    ConfigError,
+    DatasetError,
+    CheckpointError,
+    EvaluationError,
+    SharedError,
+    FloatingPointError,
+)
 
 
 def run(argv: list[str] | None = None, epilog: str | None = None) -> None:
@@ -45,22 +59,53 @@ def run(argv: list[str] | None = None, epilog: str | None = None) -> None:
     parser.set_defaults(dist_url="auto")
     args = parser.parse_args(argv)
     try:
-        _prepare(args)
+        timeout = _prepare(args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    if args.num_gpus * args.num_machines <= 1:
+        guarded_main(args)
+    else:
+        _start_processes(args, timeout)
+
+
+def _start_processes(args: argparse.Namespace, timeout: timedelta) -> None:
+    """Runs `guarded_main` in this machine's processes; ends as the first of them that failed."""
     # Its warning that the other processes are ended would stand below the message that says why.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    try:
-        launch_processes(
-            guarded_main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the process has said why
-        sys.exit(error.exit_code)
+    with forwarding() as request:
+        try:
+            launch_processes(
+                guarded_main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timeout,
+            )
+        except ProcessExitedException as error:  # the process has said why
+            killed = error.exit_code < 0 and not request.signal
+            if killed:
+                print(
+                    f"error: process {error.error_index} was ended by {error.signal_name} from "
+                    f"outside; the others were ended, too. Has the machine no memory left (dmesg)? "
+                    f"--resume goes on from the last checkpoint.",
+                    file=sys.stderr,
+                )
+            sys.exit(_exit_status(error.exit_code, request.signal))
+        except ProcessRaisedException as error:
+            text = explain(RuntimeError(str(error).strip().splitlines()[-1]))
+            if text is None:
+                raise
+            sys.exit(f"error: {text} (--dist-url {args.dist_url})")
+    if request.signal:
+        sys.exit(128 + request.signal)
+
+
+def _exit_status(code: int, stop_signal: int) -> int:
+    if stop_signal:
+        return 128 + stop_signal
+    return 128 - code if code < 0 else code
 
 
 def guarded_main(args: argparse.Namespace) -> None:
@@ -68,12 +113,16 @@ def guarded_main(args: argparse.Namespace) -> None:
     try:
         main(args)
         leave_group()
+    except TrainingStopped:
+        leave_group()
+        raise
     except Exception as error:
         if not _is_ours(error):
             raise
         if comm.get_rank() == 0:
             sys.exit(f"error: {_message(error)}")
         if not isinstance(error, SYMMETRIC_ERRORS) or str(error).startswith("Caught "):
+            time.sleep(1)  # if the main process has the same to say, it says it alone
             sys.exit(f"error (process {comm.get_rank()}): {_message(error)}")
         # The first process to end takes the others with it: leave that to the one that reports.
         time.sleep(10)
@@ -99,17 +148,16 @@ def _message(error: Exception) -> str:
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1] if text.startswith("Caught ") else text
 
 
-def _prepare(args: argparse.Namespace) -> None:
+def _prepare(args: argparse.Namespace) -> timedelta:
     """Checks the command line before processes are started, and picks their devices.
 
+    Returns:
+        how long processes wait for each other.
+
     Raises:
-        ConfigError: the number of processes or machines does not fit.
+        ConfigError: the number of processes or machines does not fit, or their port is taken.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            "this script starts its own processes: run it with python and --num-gpus N, "
-            "not torchrun."
-        )
+    _refuse_other_launchers(args)
     if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(
             f"--machine-rank {args.machine_rank} is not in 0..{args.num_machines - 1} "
@@ -120,9 +168,11 @@ def _prepare(args: argparse.Namespace) -> None:
             "several machines need an address of the first: --dist-url tcp://HOST:PORT"
         )
     if args.num_gpus * args.num_machines <= 1:
-        return
+        return timedelta()
     cfg = load_config(args.config_file, args.opts)
     refuse_invalid_values(cfg, args.num_gpus * args.num_machines)
+    if args.machine_rank == 0:
+        _refuse_taken_port(args.dist_url)
     if str(cfg.train.device) == "cpu":
         # detectron2 takes NCCL wherever it sees a GPU, and NCCL cannot send what lies on the CPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -131,3 +181,37 @@ def _prepare(args: argparse.Namespace) -> None:
             f"--num-gpus {args.num_gpus}, but torch finds {torch.cuda.device_count()} GPUs. "
             f"Processes on the CPU: train.device=cpu"
         )
+    return timedelta(seconds=cfg.train.dist_timeout)
+
+
+def _refuse_other_launchers(args: argparse.Namespace) -> None:
+    """Each of their processes would be a training of its own, all of them in one folder."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "this script starts its own processes: run it with python and --num-gpus N, "
+            "not torchrun."
+        )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if tasks > 1 and args.num_machines != tasks:
+        raise ConfigError(
+            f"srun runs this script {tasks} times (SLURM_STEP_NUM_TASKS): run one task a machine "
+            f"(srun --ntasks-per-node=1), and give it --num-gpus N --num-machines {tasks} "
+            f"--machine-rank $SLURM_PROCID --dist-url tcp://HOST:PORT."
+        )
+
+
+def _refuse_taken_port(dist_url: str) -> None:
+    address = urlparse(dist_url)
+    if address.scheme != "tcp" or not address.port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", address.port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"--dist-url {dist_url}: port {address.port} is in use here, maybe by another "
+                    f"training. Take another one, on all machines; on a single machine leave "
+                    f"--dist-url out."
+                ) from error

@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from dn_detr.engine.failures import LocalError, NonFiniteError
 from dn_detr.engine.trainer import Trainer
 
 from tests.engine.tiny import TinyDetector
@@ -108,28 +109,117 @@ def test_training_on_a_gpu(dtype):
 
 
 class BreaksLoss(TinyDetector):
+    from_width = 0  # number of images in a batch from which on it breaks
+
     def forward(self, batch):
         losses = super().forward(batch)
+        return losses if len(batch) < self.from_width else self.breaks(losses)
+
+    def breaks(self, losses):
         return {**losses, "loss_bbox": losses["loss_bbox"] * math.nan}
 
 
-class BreaksGradient(TinyDetector):
-    def forward(self, batch):
-        losses = super().forward(batch)
+class BreaksGradient(BreaksLoss):
+    def breaks(self, losses):
         # sqrt has an infinite slope at 0: the loss is finite, its gradient is not
         return {**losses, "loss_ce": (losses["loss_ce"] * 0).sqrt()}
 
 
+@pytest.mark.fault(52)
+@pytest.mark.fault(53)
 @pytest.mark.parametrize(
-    "model, name", [(BreaksLoss, "process 0: loss_bbox"), (BreaksGradient, "grad_norm")]
+    "model, told", [(BreaksLoss, "loss_bbox=nan"), (BreaksGradient, "gradient of loss_ce")]
 )
-def test_what_is_not_finite_stops_before_the_step(model, name):
-    trainer = make_trainer([make_batch(2)], model=model(CLASSES), clip_grad={"max_norm": 0.1})
+def test_what_is_not_finite_stops_before_the_step(model, told, tmp_path):
+    first, second = make_batch(2), make_batch(3, seed=1)
+    for number, sample in enumerate([*first, *second]):
+        sample.update(image_id=number, file_name=f"{number}.jpg")
+    model = model(CLASSES)
+    trainer = make_trainer(
+        [first, second],
+        model=model,
+        accumulate=2,
+        clip_grad={"max_norm": 0.1},
+        seed=1,
+        dump_dir=str(tmp_path),
+    )
+    model.from_width = 3  # only the second batch is that large
     before = weights(trainer)
-    with pytest.raises(FloatingPointError, match=f"iteration 0: {name}=nan"):
+    with pytest.raises(NonFiniteError) as info:
         run(trainer)
+    assert f"iteration 0: process 0: {told}, with images 2 (2.jpg), 3 (3.jpg)" in str(info.value)
+    assert "0 (0.jpg)" not in str(info.value) and "before the step" in str(info.value)
     for key, value in before.items():
         assert torch.equal(weights(trainer)[key], value)
+    path = tmp_path / "nonfinite_iter_0000000_process_0.pth"
+    assert f"the batch is written to {path}" in str(info.value)
+    dumped = torch.load(path, weights_only=True)["batch"]
+    assert [sample["image_id"] for sample in dumped] == [2, 3, 4]
+    assert dumped[1]["image"].equal(second[1]["image"])
+    assert dumped[1]["instances"]["gt_boxes"].equal(second[1]["instances"].gt_boxes.tensor)
+
+
+@pytest.mark.fault(52)
+def test_a_batch_that_cannot_be_dumped_is_still_named(tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(
+        [make_batch(2)], model=BreaksLoss(CLASSES), dump_dir=str(tmp_path / "file")
+    )
+    with pytest.raises(NonFiniteError, match="loss_bbox=nan, .* which could not be written to"):
+        run(trainer)
+
+
+class NeedsMemory(TinyDetector):
+    def forward(self, batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nMore")
+
+
+@pytest.mark.fault(55)
+def test_out_of_memory_names_the_batch_and_remedies():
+    batch = make_batch(3)
+    batch[1].update(image=torch.zeros(3, 40, 30), image_id=8, file_name="large.jpg")
+    trainer = make_trainer([batch], model=NeedsMemory(CLASSES))
+    with pytest.raises(LocalError) as info:
+        run(trainer)
+    for part in (
+        "iteration 0: out of memory with 3 images",
+        "30x40 pixels as the model gets it: 8 (large.jpg)",
+        "objects in an image: at most 1",
+        "dataloader.train.total_batch_size",
+        "activation_checkpointing=True",
+        "train.amp.enabled=True",
+        "dataloader.train.mapper.augmentations",
+        "CUDA out of memory. Tried to allocate 1 GiB.",
+    ):
+        assert part in str(info.value)
+
+
+def test_another_runtime_error_is_left_as_it_is():
+    class Breaks(TinyDetector):
+        def forward(self, batch):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        run(make_trainer([make_batch(2)], model=Breaks(CLASSES)))
+
+
+@pytest.mark.fault(63)
+def test_a_step_draws_the_same_numbers_for_the_same_seed():
+    class Draws(TinyDetector):
+        drawn = []
+
+        def forward(self, batch):
+            self.drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    def drawn(seed):
+        Draws.drawn = []
+        run(make_trainer([make_batch(2)] * 3, model=Draws(CLASSES), seed=seed), steps=3)
+        return Draws.drawn
+
+    assert drawn(1) == drawn(1)
+    assert not set(drawn(1)) & set(drawn(2))
+    assert len(set(drawn(1))) == 3
 
 
 def test_hooks_are_told_of_the_backward_pass():

@@ -405,7 +405,12 @@ def test_nan_in_one_process_stops_both_with_one_message(shapes, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: iteration 0: process 1: loss_bbox=nan. Training stops")
+    assert last.startswith("error: iteration 0: process 1: loss_bbox=nan, with images ")
+    dump = tmp_path / "nonfinite_iter_0000000_process_1.pth"
+    assert f"the batch is written to {dump}. Training stops before the step" in last
+    assert last.endswith("No checkpoint was saved yet.")
+    assert len(load(dump)["batch"]) == 2 and len(list(tmp_path.glob("nonfinite*"))) == 1
+    dump.unlink()
     assert not list(tmp_path.glob("*.pth"))
 
 
