@@ -14,8 +14,10 @@ pytest.importorskip("detectron2")
 from dn_detr.checkpoint import writing
 from dn_detr.checkpoint.export import export_weights
 from dn_detr.checkpoint.reading import read_checkpoint
+from dn_detr.engine.launch import guarded_main
 from tests.integration import test_train_net
 from tests.integration.test_train_net import predictions, same
+from tests.processes import finish, start_ranks
 
 EVERY_STEP = ("train.checkpointer.period=1", "train.eval_period=0", "train.ema.enabled=True")
 RESUME = ("--resume",)
@@ -162,6 +164,41 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(tmp_path, shapes,
     assert not (tmp_path / "model_final.pth").exists()
     train(tmp_path, shapes, "train.max_iter=4", *EVERY_STEP, flags=RESUME)
     assert read_checkpoint(tmp_path / "model_final.pth")["iteration"] == 3
+
+
+def _train_while_the_disk_is_full(args) -> None:
+    full_disk(pytest.MonkeyPatch(), lambda name: "final" in name or "_0000001" in name)
+    guarded_main(args)
+
+
+def _end_with_the_first(ranks) -> None:
+    """As the launcher does."""
+    assert finish(ranks[0]) == 1
+    ranks[1].kill()
+    ranks[1].join()
+
+
+@pytest.mark.fault(24)
+@pytest.mark.fault(22)
+def test_two_processes_end_alike(tmp_path, shapes):
+    """First with a disk that is full in the end, then with no checkpoint that is whole."""
+    out = tmp_path / "out"
+    args = test_train_net.arguments(out, shapes, "train.max_iter=2", *EVERY_STEP)
+    ranks = start_ranks(2, _train_while_the_disk_is_full, args, folder=tmp_path)
+    _end_with_the_first(ranks)
+    said = (tmp_path / "stderr0").read_text().splitlines()[-1]
+    assert said.startswith(f"error: {out}/model_final.pth could not be saved: No space left")
+    assert said.endswith("model_0000000.pth, is whole. Make room there, then --resume.")
+    assert set(files(out)) == {"last_checkpoint", "model_0000000.pth", "model_best.pth"}
+
+    for name in ("model_0000000.pth", "model_best.pth"):
+        os.truncate(out / name, 5000)
+    args = test_train_net.arguments(out, shapes, *EVERY_STEP, flags=RESUME)
+    ranks = start_ranks(2, guarded_main, args, folder=tmp_path)
+    _end_with_the_first(ranks)
+    errors = [(tmp_path / f"stderr{rank}").read_text() for rank in (0, 1)]
+    assert "model_0000000.pth: it is truncated or damaged" in errors[0]
+    assert "error:" not in errors[1]  # told once
 
 
 @pytest.mark.fault(27)
