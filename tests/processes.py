@@ -64,6 +64,7 @@ def finish(process: BaseProcess, seconds: float = 60) -> int:
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], folder: str, name: str) -> None:
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # a loader's workers, as in any script
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
         with open(f"{stream}{name}", "ab") as file:
             os.dup2(file.fileno(), descriptor)

@@ -124,7 +124,6 @@ class Trainer(SimpleTrainer):
             LocalError: in this process: memory, a broken image, a parameter that is not used.
         """
         assert self.model.training, "the model was left in eval mode"
-        self._seed_step()
         self.optimizer.zero_grad(set_to_none=True)
         parts, data_time = self._backward_all()
         self._refuse_unused()
@@ -135,9 +134,10 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _seed_step(self) -> None:
+    def _seed_forward(self, part: int) -> None:
+        """Called once the batch is there, since a new iterator over the data draws numbers, too."""
         if self.seed is not None:
-            seed_generators(self.seed, self.iter, comm.get_rank())
+            seed_generators(self.seed, self.iter, comm.get_rank(), part)
 
     def _backward_all(self) -> tuple[list[_Part], float]:
         """Returns batches and losses of the step, and seconds spent on data."""
@@ -146,6 +146,7 @@ class Trainer(SimpleTrainer):
             start = time.perf_counter()
             batch = self._next_batch()
             data_time += time.perf_counter() - start
+            self._seed_forward(part)
             try:
                 with self._without_gradient_exchange(part < self.accumulate - 1):
                     losses = self._forward(self.model, batch)
@@ -246,15 +247,14 @@ class Trainer(SimpleTrainer):
     def _tell_non_finite(self, parts: list[_Part], in_losses: bool) -> str:
         """What is not finite in this process, and with which images; "" where all is."""
         texts = []
-        if not in_losses:
-            self._seed_step()  # the same batches with the same random numbers once more
-        for part in parts:
+        for number, (batch, losses) in enumerate(parts):
             if in_losses:
-                bad = [f"{k}={v.item()}" for k, v in part.losses.items() if not v.isfinite()]
+                bad = [f"{k}={v.item()}" for k, v in losses.items() if not v.isfinite()]
             else:
-                bad = self._losses_with_bad_gradient(part.batch)
+                self._seed_forward(number)  # the same numbers once more
+                bad = self._losses_with_bad_gradient(batch)
             if bad:
-                texts.append(self._tell_batch(", ".join(bad), part.batch))
+                texts.append(self._tell_batch(", ".join(bad), batch))
         return "; ".join(texts)
 
     def _losses_with_bad_gradient(self, batch: Batch) -> list[str]:

@@ -1,12 +1,16 @@
 """A stand-in detector that trains in milliseconds."""
 
 import os
+import signal
 
 import torch
 from torch import nn
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from dn_detr.evaluation.evaluator import build_evaluator
 
 QUERIES = 4
 
@@ -14,8 +18,10 @@ QUERIES = 4
 class TinyDetector(nn.Module):
     """Mean colour of the image -> one class and `QUERIES` boxes; losses are means over images."""
 
-    def __init__(self, num_classes: int, width: int = 8) -> None:
+    def __init__(self, num_classes: int, width: int = 8, draws: bool = False) -> None:
+        """`draws`: random numbers are part of a training step, as in denoising."""
         super().__init__()
+        self.draws = draws
         self.backbone = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width).eval(), nn.ReLU())
         self.backbone.requires_grad_(True)
         self.class_head = nn.Linear(width, num_classes)
@@ -30,6 +36,8 @@ class TinyDetector(nn.Module):
         device = self.class_head.weight.device
         colours = torch.stack([x["image"].float().mean((1, 2)) / 255 for x in batch]).to(device)
         features = self.backbone(colours)
+        if self.draws and self.training:
+            features = features + 0.1 * torch.randn_like(features)
         logits = self.class_head(features)
         boxes = self.box_head(features).sigmoid().reshape(len(batch), QUERIES, 4)
         if self.training:
@@ -81,3 +89,38 @@ class BreaksInProcessOne(TinyDetector):
         if self.training and comm.get_rank() == 1:
             outputs["loss_bbox"] = outputs["loss_bbox"] * float("nan")
         return outputs
+
+
+class StopsItself(TinyDetector):
+    """The last process sends itself a signal within an iteration."""
+
+    def __init__(self, *args, at: int, number: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.at, self.number = at, number
+
+    def forward(self, batch):
+        last = comm.get_rank() == comm.get_world_size() - 1
+        if self.training and last and get_event_storage().iter == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().forward(batch)
+
+
+def killing_evaluator(*args, **kwargs):
+    """Kills the process where the first result would be given."""
+    evaluator = build_evaluator(*args, **kwargs)
+    evaluator.evaluate = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    return evaluator
+
+
+def stopping_evaluator(*args, **kwargs):
+    """The last process is asked to stop with its first image."""
+    evaluator = build_evaluator(*args, **kwargs)
+    process = evaluator.process
+
+    def stop(inputs, outputs):
+        if comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        process(inputs, outputs)
+
+    evaluator.process = stop
+    return evaluator
