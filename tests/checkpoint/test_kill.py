@@ -21,7 +21,6 @@ from tests.processes import start
 
 KILLS = 20
 NUMEL = 500_000  # of each of two tensors: files of 4 MB
-SPREAD = 0.15  # seconds; several saves
 
 
 class Counter(TrainerBase):
@@ -59,12 +58,12 @@ def whole_state(path) -> int:
     return values.pop()
 
 
-def wait_for_growth(process: BaseProcess, folder: Path, beyond: int) -> None:
-    """Until the process has saved something of its own, or has died."""
-    while process.is_alive():
-        if any(int(path.stem[6:]) > beyond for path in folder.glob("model_0*.pth")):
-            return
-        time.sleep(0.002)
+def wait_for_a_save(process: BaseProcess, folder: Path) -> None:
+    """Until the process has named another checkpoint in `last_checkpoint`, or has died."""
+    tag = folder / "last_checkpoint"
+    before = tag.stat().st_mtime_ns if tag.exists() else 0
+    while process.is_alive() and not (tag.exists() and tag.stat().st_mtime_ns > before):
+        time.sleep(0.001)
 
 
 @pytest.mark.fault(23)
@@ -75,8 +74,11 @@ def test_killed_at_random_moments(tmp_path, caplog):
     for _ in range(KILLS):
         process = start(save_for_ever, str(folder), last + 1, folder=tmp_path)
         try:
-            wait_for_growth(process, folder, last)
-            time.sleep(generator.uniform(0, SPREAD))
+            wait_for_a_save(process, folder)
+            began = time.perf_counter()
+            wait_for_a_save(process, folder)
+            one_save = time.perf_counter() - began
+            time.sleep(generator.uniform(0, 2 * one_save))
         finally:
             process.kill()
             process.join()
@@ -84,8 +86,8 @@ def test_killed_at_random_moments(tmp_path, caplog):
         for path in folder.glob("*.pth"):
             whole_state(path)  # nothing cut has a final name
         found = whole_state(find_checkpoint(folder))
-        assert found >= last  # equal: killed between the file and last_checkpoint
+        assert found > last  # nothing that was named is lost
         last = found
         interrupted += any(folder.glob(".*.tmp"))
     assert not [record for record in caplog.records if record.name == "dn_detr.checkpoint.folder"]
-    assert last >= KILLS and interrupted >= 3  # they did save, and the moments were those of saving
+    assert interrupted >= 3  # the moments were those of saving
