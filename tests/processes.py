@@ -28,24 +28,32 @@ def start(function: Callable[..., Any], *args: Any, folder: Path, name: str = ""
 
 
 def start_ranks(
-    count: int, function: Callable[..., Any], *args: Any, folder: Path
+    count: int, function: Callable[..., Any], *args: Any, folder: Path, seconds: float = 60
 ) -> list[BaseProcess]:
-    """Starts `function(*args)` in `count` processes of one gloo group on the CPU, see `start`."""
+    """Starts `function(*args)` in `count` processes of one gloo group on the CPU, see `start`.
+
+    `seconds`: after which a process that waits for the others gives up.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     return [
-        start(_join, rank, count, url, function, args, folder=folder, name=str(rank))
+        start(_join, rank, count, url, seconds, function, args, folder=folder, name=str(rank))
         for rank in range(count)
     ]
 
 
 def _join(
-    rank: int, count: int, url: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    count: int,
+    url: str,
+    seconds: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     from detectron2.engine.launch import _distributed_worker
 
-    _distributed_worker(rank, function, count, count, 0, url, args, timedelta(seconds=60))
+    _distributed_worker(rank, function, count, count, 0, url, args, timedelta(seconds=seconds))
 
 
 def finish(process: BaseProcess, seconds: float = 60) -> int:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -146,9 +149,8 @@ class TrainLoader:
         self._stream = stream
         self._num_images = num_images
         self._bad: dict[str, str] = {}
-        self._loader = DataLoader(
-            samples, batch_sampler=stream, worker_init_fn=ignore_stop_signals, **kwargs
-        )
+        self._loader = DataLoader(samples, batch_sampler=stream, **kwargs)
+        prepare_workers(self._loader)
 
     def start_behind(self, num_images: int) -> None:
         """Makes the next iterator begin where that many images, over all processes, are done."""
@@ -224,11 +226,32 @@ def build_train_loader(
     return TrainLoader(samples, stream, len(dataset), seed, num_workers=num_workers, **kwargs)
 
 
-def ignore_stop_signals(worker_id: int = 0) -> None:
-    """Leaves it to the process that trains to react to signals, and to end its workers.
+def prepare_workers(loader: DataLoader) -> None:
+    """Has a loader's workers start at once, and not end by a signal that is not for them.
+
+    In a process that `launch` has started, torch would start a new Python for each of them, which
+    takes seconds at every evaluation; forked ones share what is loaded.
+    """
+    if loader.num_workers and sys.platform == "linux":
+        loader.multiprocessing_context = "fork"
+    loader.worker_init_fn = _ignore_stop_signals
+
+
+def _ignore_stop_signals(worker_id: int) -> None:
+    """Makes a worker leave it to the process that trains to react to signals, and to end it.
 
     A signal that goes to a whole process group (Ctrl-C, Slurm's) would else end the workers, and
     with them the step that is to be finished.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    """Obeys a SIGTERM of the process that trains, by which it ends what a loader has left."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -93,10 +93,10 @@ def explain(error: RuntimeError) -> str | None:
             f"Take fewer: dataloader.train.num_workers=N, dataloader.test.num_workers=N "
             f"(0: none but the process itself)."
         )
-    if re.search(r"Connection closed by peer|Timed out waiting|Connection reset|timed out", text):
+    if re.search(r"Connection closed by peer|Connection reset|[Tt]imed out", text):
+        reason = text.splitlines()[0].split(" This is typically")[0]
         return (
             f"another process ended or did not answer in time (train.dist_timeout, in seconds): "
-            f"{text.splitlines()[0]} What that process says, here or on its own machine, is the "
-            f"cause."
+            f"{reason} What that process says, here or on its own machine, is the cause."
         )
     return None

@@ -31,7 +31,11 @@ from dn_detr.engine.distributed import SharedError, leave_group  # noqa: E402
 from dn_detr.engine.failures import explain  # noqa: E402
 from dn_detr.engine.main import main  # noqa: E402
 from dn_detr.engine.overrides import ConfigError  # noqa: E402
-from dn_detr.engine.stopping import TrainingStopped, forwarding  # noqa: E402
+from dn_detr.engine.stopping import (  # noqa: E402
+    TrainingStopped,
+    forwarding,
+    shield_resource_tracker,
+)
 from dn_detr.evaluation.checking import EvaluationError  # noqa: E402
 
 # All processes raise these alike, so one of them reports.
@@ -62,6 +66,7 @@ def run(argv: list[str] | None = None, epilog: str | None = None) -> None:
         timeout = _prepare(args)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    shield_resource_tracker()
     if args.num_gpus * args.num_machines <= 1:
         guarded_main(args)
     else:

@@ -30,7 +30,7 @@ from dn_detr.checkpoint.checkpointer import DNCheckpointer, build_metadata  # no
 from dn_detr.checkpoint.folder import find_checkpoint  # noqa: E402
 from dn_detr.checkpoint.writing import write_text_atomically  # noqa: E402
 from dn_detr.data.check import check_coco  # noqa: E402
-from dn_detr.data.loader import ignore_stop_signals  # noqa: E402
+from dn_detr.data.loader import prepare_workers  # noqa: E402
 from dn_detr.engine.config import load_config, resolve_config, training_categories  # noqa: E402
 from dn_detr.engine.distributed import (  # noqa: E402
     on_main_process,
@@ -68,6 +68,13 @@ logger = logging.getLogger(__name__)
 Results = dict[str, dict[str, float]]
 
 
+class Source(NamedTuple):
+    """Where the first weights come from: a local file, or "" for random ones."""
+
+    path: str
+    resume: bool = False
+
+
 def main(args: argparse.Namespace) -> Results:
     """Trains, or evaluates with `args.eval_only`, in this process.
 
@@ -94,9 +101,10 @@ def main(args: argparse.Namespace) -> Results:
         forgive_full_disk()
         return evaluate_checkpoint(cfg)
     cfg.train.seed = on_main_process(_settle_seed, cfg, resume)
+    source = _find_source(cfg, resume)  # before config.yaml is replaced
     default_setup(cfg, args)
     forgive_full_disk()
-    return do_train(cfg, resume=resume)
+    return do_train(cfg, source)
 
 
 def _settle_seed(cfg: DictConfig, resume: bool) -> int:
@@ -125,17 +133,16 @@ def _kept(path: str) -> Iterator[None]:
             write_text_atomically(text, path)
 
 
-def do_train(cfg: DictConfig, resume: bool = False) -> Results:
+def do_train(cfg: DictConfig, source: Source) -> Results:
     """Trains by a resolved config, and evaluates along the way and at the end.
 
     Args:
         cfg: after `resolve_config`; saved as config.yaml in `train.output_dir`.
-        resume: go on from the last checkpoint in `train.output_dir`, if there is one.
+        source: of the first weights.
 
     Returns:
         the results of the final evaluation, see `do_test`.
     """
-    source = _find_source(cfg, resume)
     train_loader = instantiate(cfg.dataloader.train)  # checks the training data as it reads them
     on_main_process(_check_validation_data, cfg)
     model = _build_model(cfg)
@@ -149,7 +156,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     start = 0
     if source.resume:
         rest = checkpointer.resume(source.path, categories=training_categories(cfg))
-        tell_changes(rest["metadata"]["config"], checkpointer.metadata["config"])
+        tell_changes(rest.get("metadata", {}).get("config", ""), checkpointer.metadata["config"])
         start = trainer.iter + 1
         logger.info("Resuming after %d of %d iterations.", start, cfg.train.max_iter)
         if start >= cfg.train.max_iter:
@@ -253,7 +260,7 @@ def _evaluate(cfg: DictConfig, model: nn.Module, request: StopRequest, suffix: s
     share_buffers(model)
     loader = instantiate(cfg.dataloader.test)
     if isinstance(loader, DataLoader):
-        loader.worker_init_fn = ignore_stop_signals
+        prepare_workers(loader)
     evaluator = dict(cfg.dataloader.evaluator)
     if evaluator.get("output_dir"):
         evaluator["output_dir"] += suffix  # predictions of both sets of weights are kept
@@ -344,24 +351,17 @@ def _build_hooks(
     ]
 
 
-class _Source(NamedTuple):
-    """Where the first weights come from: a local file, or "" for random ones."""
-
-    path: str
-    resume: bool = False
-
-
-def _find_source(cfg: DictConfig, resume: bool) -> _Source:
+def _find_source(cfg: DictConfig, resume: bool) -> Source:
     """Finds what training starts from, before anything expensive is done."""
     folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
     last = on_main_process(find_checkpoint, folder) if resume else None
     if last:
-        return _Source(last, resume=True)
+        return Source(last, resume=True)
     if resume:
         logger.info("Nothing to resume in %s: starting from %s.", folder, init or "random weights")
     elif not init:
         logger.info("Training from scratch (train.init_checkpoint is empty).")
-    return _Source(_fetch(cfg))
+    return Source(_fetch(cfg))
 
 
 def _fetch(cfg: DictConfig) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from dn_detr.requirements import require_detectron2
@@ -195,19 +195,14 @@ def _iteration_of(line: str) -> float:
 
 
 def forgive_full_disk() -> None:
-    """Makes log files that cannot be written cost one warning, where Python prints a traceback for
-    every line."""
+    """Makes logs that cannot be written cost one warning; Python prints a traceback a line."""
+    said: list[str] = []
 
-    def handle_error(handler: logging.Handler, record: logging.LogRecord) -> None:
-        if not getattr(handler, "has_failed", False):
-            handler.has_failed = True
-            logging.lastResort.handle(
-                logging.LogRecord(
-                    *(__name__, logging.WARNING, __file__, 0),
-                    *("The log cannot be written (disk full?); the training goes on.", None, None),
-                )
-            )
+    def handle_error(record: logging.LogRecord) -> None:
+        if not said:
+            said.append("once")
+            print("The log cannot be written (disk full?); the training goes on.", file=sys.stderr)
 
     for name in ("detectron2", "fvcore", "dn_detr"):
         for handler in logging.getLogger(name).handlers:
-            handler.handleError = MethodType(handle_error, handler)
+            handler.handleError = handle_error

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -140,6 +141,18 @@ def forwarding() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def shield_resource_tracker() -> None:
+    """Starts Python's helper process that cleans up after others so that SIGUSR2 spares it.
+
+    It ignores the other signals itself. Call it before anything else has started it.
+    """
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a new program inherits
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def restarted_by_slurm() -> bool:

@@ -1,7 +1,12 @@
 """A stand-in detector that trains in milliseconds."""
 
+import errno
+import logging
+import multiprocessing
 import os
 import signal
+import time
+from unittest import mock
 
 import torch
 from torch import nn
@@ -103,6 +108,50 @@ class StopsItself(TinyDetector):
         if self.training and last and get_event_storage().iter == self.at:
             os.kill(os.getpid(), self.number)
         return super().forward(batch)
+
+
+class Fails(TinyDetector):
+    """Something happens to the last process within an iteration."""
+
+    def __init__(self, *args, how: str, at: int = 2, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.how, self.at = how, at
+        self.extra = nn.Linear(1, 1) if how == "unused" else None
+
+    def forward(self, batch):
+        last = comm.get_rank() == comm.get_world_size() - 1
+        if self.training and last and get_event_storage().iter == self.at:
+            getattr(self, self.how, lambda: None)()
+        return super().forward(batch)
+
+    def exit(self):
+        os._exit(7)
+
+    def hang(self):
+        time.sleep(1000)
+
+    def ask_twice(self):
+        """Ctrl-C, and again while the step still runs."""
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+
+    def kill_worker(self):
+        worker = multiprocessing.active_children()[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(0.2)
+
+    def use_all_memory(self):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    def fill_disk(self):
+        """From here on nothing can be written, but what is open by its number."""
+        error = OSError(errno.ENOSPC, "No space left on device")
+        for target in ("JSONWriter.write", "TensorboardXWriter.write"):
+            mock.patch(f"detectron2.utils.events.{target}", side_effect=error).start()
+        for handler in logging.getLogger("detectron2").handlers:
+            if not hasattr(handler.stream, "fileno") or handler.stream.fileno() > 2:
+                mock.patch.object(handler.stream, "write", side_effect=error).start()
 
 
 def killing_evaluator(*args, **kwargs):
