@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = ("last_checkpoint", "model_*.pth")
 RECORDS = (
     "metrics.json",
+    "metrics_replaced.json",
+    "nonfinite_iter_*.pth",
     "events.out.tfevents.*",
-    "log.txt*",
-    "config.yaml",
     "inference*/coco_instances_results.json",
     "inference*/instances_predictions.pth",
 )
 
 
 def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = False) -> None:
-    """Makes `train.output_dir`; refuses, or clears, one that holds another training.
+    """Makes `train.output_dir`; refuses one that holds another training.
 
     Args:
-        cfg: `train.overwrite` allows to remove what an earlier training left there.
+        cfg: `train.overwrite` allows to remove that, see `clear_output_dir`.
         resume: go on with the training in the folder.
         eval_only: checkpoints in the folder stay as they are.
 
@@ -66,8 +66,12 @@ def prepare_output_dir(cfg: DictConfig, resume: bool = False, eval_only: bool = 
             f"{found[-1].name}). --resume goes on with that training, train.overwrite=True "
             f"starts afresh and removes it, train.output_dir=FOLDER leaves it alone."
         )
-    if cfg.train.overwrite:
-        _clear(folder, cfg.train.init_checkpoint)
+    source = Path(cfg.train.init_checkpoint).resolve()
+    if any(file.resolve() == source for file in _matching(folder, CHECKPOINTS)):
+        raise ConfigError(
+            f"train.init_checkpoint={cfg.train.init_checkpoint} lies in train.output_dir, and "
+            f"train.overwrite=True would remove it. Choose another train.output_dir."
+        )
 
 
 def require_data(cfg: DictConfig, splits: Iterable[str]) -> None:
@@ -155,13 +159,10 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [p for pattern in patterns for p in sorted(folder.glob(pattern)) if p.is_file()]
 
 
-def _clear(folder: Path, init_checkpoint: str) -> None:
-    """Removes what a training wrote, and nothing else."""
-    files = _matching(folder, CHECKPOINTS + RECORDS)
-    if any(file.resolve() == Path(init_checkpoint).resolve() for file in files):
-        raise ConfigError(
-            f"train.init_checkpoint={init_checkpoint} lies in train.output_dir, and "
-            f"train.overwrite=True would remove it. Choose another train.output_dir."
-        )
-    for file in files:
+def clear_output_dir(cfg: DictConfig) -> None:
+    """Removes what an earlier training wrote to `train.output_dir`, and nothing else.
+
+    Called when nothing can be refused any more. The log goes on in its file.
+    """
+    for file in _matching(Path(cfg.train.output_dir), CHECKPOINTS + RECORDS):
         file.unlink()

@@ -254,6 +254,30 @@ def test_what_is_refused_harms_nothing(trained, shapes, overrides, flags, part):
     assert contents(folder) == before
 
 
+@pytest.mark.fault(13)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "train.max_iter=0",
+        "dataset.val.json=none.json",
+        "train.init_checkpoint=none.pth",
+        "model.num_classes=3",
+        "dataset.val.images=tests",
+    ],
+)
+def test_nothing_is_overwritten_by_a_training_that_is_refused(shapes, tmp_path, mistake):
+    train(tmp_path, shapes, "train.max_iter=1")
+    before = contents(tmp_path)
+    refused(tmp_path, shapes, "train.overwrite=True", "train.seed=7", mistake)
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    """Every file but the log, which tells of what was refused, too."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"]
+    return {path: path.read_bytes() for path in files}
+
+
 @pytest.mark.fault(16)
 def test_evaluation_without_a_checkpoint_is_refused(shapes, tmp_path):
     message = refused(tmp_path, shapes, flags=["--eval-only"])
