@@ -24,6 +24,7 @@ require_detectron2()
 from detectron2.engine import SimpleTrainer  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
+from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.data.seeding import seed_generators  # noqa: E402
 from dn_detr.engine.distributed import unwrap  # noqa: E402
@@ -290,7 +291,11 @@ class Trainer(SimpleTrainer):
 
         A loader that can start anywhere (`dn_detr.data.loader`) is put where the stream of images
         was left.
+
+        Raises:
+            CheckpointError: the optimizer groups its parameters in another way.
         """
+        self._check_groups(state_dict["optimizer"]["param_groups"])
         configured = [
             {k: v for k, v in group.items() if k != "params"}
             for group in self.optimizer.param_groups
@@ -303,6 +308,18 @@ class Trainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self._saved_metrics = state_dict.get("metrics", {})
         self._place_loader(state_dict.get("images_seen"))
+
+    def _check_groups(self, saved: list[dict[str, Any]]) -> None:
+        """The optimizer's state goes by the parameters' order, which follows from the groups."""
+        groups = self.optimizer.param_groups
+        sizes, own = ([len(g["params"]) for g in each] for each in (saved, groups))
+        if sizes != own:
+            raise CheckpointError(
+                f"the optimizer was saved with groups of {sizes} parameters, and now they are "
+                f"{own}: resume with the optimizer.params that it was trained with (such as "
+                f"optimizer.params.lr_factor_func), or start anew from the weights "
+                f"(train.init_checkpoint=FILE, another train.output_dir)."
+            )
 
     def _place_loader(self, images_seen: int | None) -> None:
         self.images_seen = images_seen or 0

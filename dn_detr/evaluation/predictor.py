@@ -15,7 +15,6 @@ from dn_detr.requirements import require_detectron2
 require_detectron2()
 
 from detectron2.config import instantiate  # noqa: E402
-from detectron2.data import detection_utils  # noqa: E402
 from detectron2.data import transforms as T  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
@@ -23,6 +22,7 @@ from dn_detr.checkpoint.checkpointer import DNCheckpointer  # noqa: E402
 from dn_detr.checkpoint.class_rows import count_classes  # noqa: E402
 from dn_detr.checkpoint.reading import CheckpointError, read_checkpoint  # noqa: E402
 from dn_detr.data.categories import class_mapping, read_categories  # noqa: E402
+from dn_detr.data.images import ImageError, read_image  # noqa: E402
 from dn_detr.engine.files import fetch_weights  # noqa: E402
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -149,6 +149,6 @@ def read_rgb(path: str | Path) -> np.ndarray:
         ValueError: it cannot be read.
     """
     try:
-        return detection_utils.read_image(str(path), format="RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these
+        return read_image(str(path))[0]
+    except ImageError as error:
         raise ValueError(f"the image {path} cannot be read: {error}") from error

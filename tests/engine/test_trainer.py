@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from dn_detr.checkpoint.reading import CheckpointError
 from dn_detr.engine.failures import LocalError, NonFiniteError
 from dn_detr.engine.trainer import Trainer
 
@@ -261,3 +262,17 @@ def test_state_restores_optimizer_and_iteration(tmp_path):
     run(second, steps=2)
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
+
+
+def test_other_groups_of_parameters_are_refused():
+    """The state would go to other parameters, or nowhere."""
+    trainer = make_trainer([make_batch(2)])
+    run(trainer)
+    state = trainer.state_dict()
+    other = make_trainer([make_batch(2)])
+    first, *rest = other.optimizer.param_groups[0]["params"]
+    other.optimizer = torch.optim.SGD([{"params": [first]}, {"params": rest}], lr=0.1)
+    with pytest.raises(
+        CheckpointError, match=r"groups of \[8\] parameters, and now they are \[1, 7"
+    ):
+        other.load_state_dict(state)

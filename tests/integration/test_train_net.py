@@ -272,12 +272,6 @@ def test_nothing_is_overwritten_by_a_training_that_is_refused(shapes, tmp_path, 
     assert contents(tmp_path) == before
 
 
-def contents(folder):
-    """Every file but the log, which tells of what was refused, too."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"]
-    return {path: path.read_bytes() for path in files}
-
-
 @pytest.mark.fault(16)
 def test_evaluation_without_a_checkpoint_is_refused(shapes, tmp_path):
     message = refused(tmp_path, shapes, flags=["--eval-only"])
