@@ -90,7 +90,7 @@ def test_a_command_parses(words, arguments_only, monkeypatch) -> None:
     script, arguments = script_and_arguments(words)
     assert script.is_file()
     args = arguments_only(script, arguments)
-    if "config_file" in args:
+    if getattr(args, "config_file", ""):
         variants = (
             [overrides for _, overrides in args.variant] if "variant" in args else [args.opts]
         )
