@@ -125,11 +125,17 @@ def _log_bins(low: float, high: float) -> np.ndarray:
     return np.geomspace(low, max(high, 1.01 * low), 50)
 
 
+def _scale_by_powers_of_two(axes: Axes) -> None:
+    """A logarithmic x axis that is marked 32, 64, 128: those of ten leave few or crowd."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
 def _plot_box_sizes(axes: Axes, summary: Summary) -> None:
     sides = np.sqrt(np.maximum(summary.areas, 0.01))
     if len(sides):
         axes.hist(sides, _log_bins(sides.min(), sides.max()), color=_COLOR)
-    axes.set_xscale("log")
+    _scale_by_powers_of_two(axes)
     for limit in (SMALL, LARGE):
         axes.axvline(limit**0.5, color=_MARK, lw=1, ls="--")
     parts = ((summary.areas < SMALL), (summary.areas >= LARGE))
@@ -143,6 +149,6 @@ def _plot_shapes(axes: Axes, summary: Summary) -> None:
     if len(ratios):
         reach = max(2.0, ratios.max(), 1 / ratios.min())
         axes.hist(ratios, _log_bins(1 / reach, reach), color=_COLOR)
-    axes.set_xscale("log")
+    _scale_by_powers_of_two(axes)
     axes.axvline(1, color=_MARK, lw=1, ls="--")
     _label(axes, "Shapes of boxes", "width / height (left: tall, right: wide)", "boxes")
