@@ -29,6 +29,12 @@ class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is not finite; raised in every process alike."""
 
 
+def message_of(error: Exception) -> str:
+    """The message; of what a loader's worker raised, without the traceback torch puts in front."""
+    text = str(error).rstrip()
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1] if text.startswith("Caught ") else text
+
+
 def name_images(batch: Batch) -> str:
     """The images of a batch by id and file."""
     names = [f"{x.get('image_id', '?')} ({x.get('file_name', 'no file')})" for x in batch]

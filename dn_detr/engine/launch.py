@@ -28,7 +28,7 @@ from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.engine.config import load_config, refuse_invalid_values  # noqa: E402
 from dn_detr.engine.distributed import SharedError, leave_group  # noqa: E402
-from dn_detr.engine.failures import explain  # noqa: E402
+from dn_detr.engine.failures import explain, message_of  # noqa: E402
 from dn_detr.engine.main import main  # noqa: E402
 from dn_detr.engine.overrides import ConfigError  # noqa: E402
 from dn_detr.engine.stopping import (  # noqa: E402
@@ -67,10 +67,13 @@ def run(argv: list[str] | None = None, epilog: str | None = None) -> None:
     except ConfigError as error:
         sys.exit(f"error: {error}")
     shield_resource_tracker()
-    if args.num_gpus * args.num_machines <= 1:
-        guarded_main(args)
-    else:
-        _start_processes(args, timeout)
+    try:
+        if args.num_gpus * args.num_machines <= 1:
+            guarded_main(args)
+        else:
+            _start_processes(args, timeout)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _start_processes(args: argparse.Namespace, timeout: timedelta) -> None:
@@ -125,10 +128,10 @@ def guarded_main(args: argparse.Namespace) -> None:
         if not _is_ours(error):
             raise
         if comm.get_rank() == 0:
-            sys.exit(f"error: {_message(error)}")
+            sys.exit(f"error: {message_of(error)}")
         if not isinstance(error, SYMMETRIC_ERRORS) or str(error).startswith("Caught "):
             time.sleep(1)  # if the main process has the same to say, it says it alone
-            sys.exit(f"error (process {comm.get_rank()}): {_message(error)}")
+            sys.exit(f"error (process {comm.get_rank()}): {message_of(error)}")
         # The first process to end takes the others with it: leave that to the one that reports.
         time.sleep(10)
         sys.exit(1)
@@ -145,12 +148,6 @@ def _is_ours(error: Exception) -> bool:
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     raised = not isinstance(error, ValueError) or line.startswith("raise")
     return raised and frame.f_globals.get("__name__", "").split(".")[0] == "dn_detr"
-
-
-def _message(error: Exception) -> str:
-    """The message; of what a loader's worker raised, without the traceback torch puts in front."""
-    text = str(error)
-    return text.rsplit(f"{type(error).__name__}: ", 1)[-1] if text.startswith("Caught ") else text
 
 
 def _prepare(args: argparse.Namespace) -> timedelta:

@@ -142,7 +142,10 @@ class RecordWriter(HookBase):
             self._guard(type(writer).__name__, writer.close)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"written": self._written}
+        if self._written is None:
+            return {}
+        # Not the iteration behind the last one, to which the final evaluation belongs.
+        return {"written": min(self._written, self._max_iter - 1)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._written = state["written"]

@@ -45,6 +45,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._interrupts = 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -60,7 +61,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = number
@@ -81,22 +83,6 @@ class StopHook(HookBase):
         last = self.trainer.iter + 1 >= self.trainer.max_iter  # that ends by itself
         if self.trainer.stop_signal and not last:
             raise TrainingStopped(self.trainer.stop_signal)
-
-
-class StoppableLoader:
-    """Hands out no more batches once this process was asked to stop."""
-
-    def __init__(self, loader: Any, request: StopRequest) -> None:
-        self._loader, self._request = loader, request
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if self._request.signal:
-                return
-            yield batch
 
 
 class StoppableEvaluator(DatasetEvaluator):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,15 +19,13 @@ from detectron2.utils import comm  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from dn_detr.checkpoint.checkpointer import DNCheckpointer  # noqa: E402
+from dn_detr.data.categories import DatasetError  # noqa: E402
 from dn_detr.data.loader import prepare_workers  # noqa: E402
 from dn_detr.engine.config import training_categories  # noqa: E402
 from dn_detr.engine.distributed import share_buffers, unwrap  # noqa: E402
 from dn_detr.engine.ema import WeightAverage  # noqa: E402
-from dn_detr.engine.stopping import (  # noqa: E402
-    StoppableEvaluator,
-    StoppableLoader,
-    StopRequest,
-)
+from dn_detr.engine.failures import LocalError, message_of  # noqa: E402
+from dn_detr.engine.stopping import StoppableEvaluator, StopRequest  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,33 @@ def _evaluate(cfg: DictConfig, model: nn.Module, request: StopRequest, suffix: s
     return dict(
         inference_on_dataset(
             model,
-            StoppableLoader(loader, request),
+            _Batches(loader, request),
             StoppableEvaluator(instantiate(evaluator), request),
         )
     )
+
+
+class _Batches:
+    """What a loader hands out, until this process is asked to stop.
+
+    Raises:
+        LocalError: an image cannot be used; it is one of this process, and others have no error.
+    """
+
+    def __init__(self, loader: Iterable[Any], request: StopRequest) -> None:
+        self._loader, self._request = loader, request
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for batch in self._loader:
+                if self._request.signal:
+                    return
+                yield batch
+        except DatasetError as error:
+            raise LocalError(message_of(error)) from error
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

@@ -35,6 +35,7 @@ from dn_detr.engine.failures import (  # noqa: E402
     dump_batch,
     explain_out_of_memory,
     is_out_of_memory,
+    message_of,
     name_images,
 )
 from dn_detr.engine.records import recent_metrics, restore_metrics  # noqa: E402
@@ -167,7 +168,7 @@ class Trainer(SimpleTrainer):
         try:
             return next(self._data_loader_iter)
         except DatasetError as error:  # the images of this process; others have no such error
-            raise LocalError(str(error)) from error
+            raise LocalError(message_of(error)) from error
 
     def _forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         enabled = self.amp_dtype is not None

@@ -107,9 +107,12 @@ def test_a_process_that_ends_or_hangs_ends_the_other(shapes, tmp_path, how):
 
 @pytest.mark.fault(44)
 @pytest.mark.fault(59)
-def test_an_error_of_one_process_is_told_by_it(shapes, tmp_path):
-    options = [*shapes, "train.output_dir=out"]
-    options += ["dataloader.train.mapper._target_=tests.integration.test_stops.RefusesInProcessOne"]
+@pytest.mark.parametrize("loader", ["train", "test"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_one_process_is_told_by_it(shapes, tmp_path, loader, workers):
+    options = [*shapes, "train.output_dir=out", f"dataloader.{loader}.num_workers={workers}"]
+    refuses = "tests.integration.test_stops.RefusesInProcessOne"
+    options += [f"dataloader.{loader}.mapper._target_={refuses}"]
     ranks = start_ranks(2, run, options, folder=tmp_path, seconds=5)
     assert [finish(rank, seconds=30) for rank in ranks] == [1, 1]
     assert last_line(tmp_path, rank=1).startswith("error (process 1): The image ")
