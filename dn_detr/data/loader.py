@@ -6,6 +6,7 @@ in several processes and that no checkpoint holds: after a resume it begins anew
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -232,17 +233,19 @@ def prepare_workers(loader: DataLoader) -> None:
     In a process that `launch` has started, torch would start a new Python for each of them, which
     takes seconds at every evaluation; forked ones share what is loaded.
     """
-    if loader.num_workers and sys.platform == "linux":
+    if loader.num_workers and loader.multiprocessing_context is None and sys.platform == "linux":
         loader.multiprocessing_context = "fork"
-    loader.worker_init_fn = _ignore_stop_signals
+    loader.worker_init_fn = functools.partial(_start_worker, before=loader.worker_init_fn)
 
 
-def _ignore_stop_signals(worker_id: int) -> None:
+def _start_worker(worker_id: int, before: Callable[[int], None] | None = None) -> None:
     """Makes a worker leave it to the process that trains to react to signals, and to end it.
 
     A signal that goes to a whole process group (Ctrl-C, Slurm's) would else end the workers, and
-    with them the step that is to be finished.
+    with them the step that is to be finished. `before`: what the loader's user asked for.
     """
+    if before is not None:
+        before(worker_id)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

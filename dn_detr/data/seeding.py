@@ -36,7 +36,8 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 def _seed_cpu(entropy: tuple[int, ...]) -> np.ndarray:
-    words = np.random.SeedSequence(entropy).generate_state(4)
+    # The length, since a sequence is filled up with zeros: (1, 2) would be (1, 2, 0).
+    words = np.random.SeedSequence((len(entropy), *entropy)).generate_state(4)
     random.seed(_join(words))
     np.random.seed(words)
     # Not torch.manual_seed, which would seed the accelerators, too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
 from typing import Any, Callable, TypeVar
 
 import torch.distributed as dist
@@ -46,6 +47,17 @@ def on_main_process(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if problem is not None:
         raise SharedError(problem)
     return result
+
+
+def bound_waiting(seconds: float) -> None:
+    """Sets how long processes wait for each other where they exchange Python objects.
+
+    Beside NCCL, detectron2 makes a second group for that, which would wait for 30 minutes whatever
+    the first one was told.
+    """
+    if comm.get_world_size() > 1 and dist.get_backend() == "nccl":
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        comm._get_global_gloo_group = lambda: group
 
 
 def wrap_ddp(model: nn.Module, **kwargs: Any) -> nn.Module:

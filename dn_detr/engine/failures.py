@@ -18,6 +18,13 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 
 SHOWN = 10  # images named in a message
 
+_LESS_MEMORY = (
+    "(1) a smaller dataloader.train.total_batch_size, with train.accumulate times as many; "
+    "(2) model.encoder.activation_checkpointing=True, and of model.decoder and model.backbone, or "
+    "train.amp.enabled=True; "
+    "(3) smaller images, see dataloader.train.mapper.augmentations"
+)
+
 Batch = Sequence[Mapping[str, Any]]
 
 
@@ -82,16 +89,15 @@ def explain_out_of_memory(error: RuntimeError, batch: Batch) -> str:
         f"out of memory with {len(batch)} images in the batch of this process; the largest is "
         f"{width}x{height} pixels as the model gets it: {name_images([batch[largest]])}; "
         f"objects in an image: at most {max(objects, default=0)}. What takes less: "
-        f"(1) a smaller dataloader.train.total_batch_size, with train.accumulate times as many; "
-        f"(2) model.encoder.activation_checkpointing=True, and of model.decoder and "
-        f"model.backbone, or train.amp.enabled=True; "
-        f"(3) smaller images, see dataloader.train.mapper.augmentations. ({reason})"
+        f"{_LESS_MEMORY}. ({reason})"
     )
 
 
 def explain(error: RuntimeError) -> str | None:
     """What a RuntimeError of torch means here; None for one that is not known."""
     text = str(error).strip()
+    if is_out_of_memory(error):
+        return f"out of memory. What takes less: {_LESS_MEMORY}. ({text.splitlines()[0]})"
     if text.startswith("DataLoader worker") or "worker (pid" in text:
         return (
             f"a process that loads data was ended from outside: {text.splitlines()[0]} Often the "
@@ -99,7 +105,9 @@ def explain(error: RuntimeError) -> str | None:
             f"Take fewer: dataloader.train.num_workers=N, dataloader.test.num_workers=N "
             f"(0: none but the process itself)."
         )
-    if re.search(r"Connection closed by peer|Connection reset|[Tt]imed out", text):
+    if re.search(
+        r"Connection (closed by peer|reset)|Timed out (after|waiting)|Socket Timeout", text
+    ):
         reason = text.splitlines()[0].split(" This is typically")[0]
         return (
             f"another process ended or did not answer in time (train.dist_timeout, in seconds): "

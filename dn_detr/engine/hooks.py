@@ -93,13 +93,19 @@ class FinalCheckpointer(HookBase):
 
     FILE = "model_final"
 
-    def __init__(self, checkpointer: DNCheckpointer) -> None:
+    def __init__(self, checkpointer: DNCheckpointer, resumed_from: str = "") -> None:
         """
         Args:
             checkpointer: writes the file to its `save_dir`.
+            resumed_from: the file that the training goes on from; "" for a new one.
         """
         self._checkpointer = checkpointer
+        self._resumed_from = os.path.basename(resumed_from)
         self._saved = False
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter >= self.trainer.max_iter:  # only the evaluation is made up for
+            self._saved = self._resumed_from == f"{self.FILE}.pth"
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 >= self.trainer.max_iter:
@@ -182,7 +188,7 @@ class BestCheckpointer(HookBase):
 
     def after_train(self) -> None:
         last = self.trainer.max_iter - 1
-        self._compare(min(self.trainer.iter, last), due=self.trainer.iter >= last)
+        self._compare(min(self.trainer.iter, last), due=self.trainer.iter > last)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else {"best": self._best()}

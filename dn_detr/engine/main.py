@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from dn_detr.checkpoint.folder import find_checkpoint  # noqa: E402
 from dn_detr.checkpoint.writing import write_text_atomically  # noqa: E402
 from dn_detr.engine.config import load_config, refuse_invalid_values, resolve_config  # noqa: E402
-from dn_detr.engine.distributed import on_main_process  # noqa: E402
+from dn_detr.engine.distributed import bound_waiting, on_main_process  # noqa: E402
 from dn_detr.engine.files import (  # noqa: E402
     clear_output_dir,
     fetch_weights,
@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> Results:
     """
     cfg = load_config(args.config_file, args.opts)
     refuse_invalid_values(cfg, comm.get_world_size())
+    bound_waiting(cfg.train.dist_timeout)
     if args.eval_only:
         require_checkpoint(cfg)
     resume = args.resume or restarted_by_slurm()  # by the very command it was first run with

@@ -51,47 +51,31 @@ def _at(iteration: int, storage: EventStorage) -> Iterator[None]:
 
 
 class EvalHook(hooks.EvalHook):
-    """Evaluates every `period` iterations and at the end, each of them once.
+    """Evaluates every `period` iterations and at the end.
 
-    A checkpoint is saved before the evaluation of its iteration. Where a training was ended
-    between the two, the evaluation is made up for when it is resumed; detectron2 leaves it out.
+    A checkpoint is saved before the evaluation of its iteration, and a stop cuts an evaluation
+    short. What is due at the iteration that a training resumes from is made up for; detectron2
+    leaves it out. Arguments are those of detectron2's hook.
     """
-
-    def __init__(self, period: int, evaluate: Any) -> None:
-        """
-        Args:
-            period: in iterations; 0: only at the end.
-            evaluate: called without arguments, gives results as of `do_test`.
-        """
-        super().__init__(period, evaluate)
-        self._evaluated = -1
 
     def before_train(self) -> None:
         last = self.trainer.start_iter - 1
-        if self._is_due(last) and self._evaluated < last:
+        if last >= 0 and self._is_due(last):
             with _at(last, self.trainer.storage):
-                self._evaluate(last)
+                self._do_eval()
 
     def after_step(self) -> None:
-        if self._is_due(self.trainer.iter) and self.trainer.iter + 1 != self.trainer.max_iter:
-            self._evaluate(self.trainer.iter)
+        if self._is_due(self.trainer.iter):
+            self._do_eval()
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:  # not if it was stopped
             self._do_eval()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"evaluated": self._evaluated}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._evaluated = state["evaluated"]
-
     def _is_due(self, iteration: int) -> bool:
-        return iteration >= 0 and self._period > 0 and (iteration + 1) % self._period == 0
-
-    def _evaluate(self, iteration: int) -> None:
-        self._do_eval()
-        self._evaluated = iteration
+        """Behind the last iteration comes the final evaluation."""
+        done = iteration + 1
+        return self._period > 0 and done % self._period == 0 and done < self.trainer.max_iter
 
 
 class RecordWriter(HookBase):

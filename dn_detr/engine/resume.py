@@ -10,8 +10,19 @@ import yaml
 
 logger = logging.getLogger(__name__)
 
-# Say nothing of what is learnt: where files lie, and how often something is written.
-_SILENT = ("train.output_dir", "train.overwrite", "train.init_checkpoint", "train.log_period")
+# What is learnt does not depend on them: where files lie, and who writes how often.
+_SILENT = (
+    "train.output_dir",
+    "train.overwrite",
+    "train.init_checkpoint",
+    "train.log_period",
+    "train.eval_period",
+    "train.checkpointer.period",
+    "train.checkpointer.max_to_keep",
+    "train.dist_timeout",
+    "dataloader.train.num_workers",
+    "dataloader.test.num_workers",
+)
 _MISSING = object()
 
 

@@ -62,7 +62,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
-        if self._interrupts == 2:
+        if self._interrupts >= 2:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal = number
@@ -117,7 +117,10 @@ def forwarding() -> Iterator[StopRequest]:
         request._remember(number, frame)
         # A terminal has sent its Ctrl-C to the children, too, and a second one would end them.
         number = signal.SIGTERM if number == signal.SIGINT else number
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if not children:  # none has started yet
+            raise SystemExit(128 + request.signal)
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 

@@ -23,6 +23,7 @@ require_detectron2()
 
 from detectron2.engine import SimpleTrainer  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
 
 from dn_detr.checkpoint.reading import CheckpointError  # noqa: E402
 from dn_detr.data.categories import DatasetError  # noqa: E402
@@ -113,6 +114,13 @@ class Trainer(SimpleTrainer):
             self._device.type, enabled=amp_dtype == torch.float16
         )
 
+    def finish(self, max_iter: int) -> None:
+        """Does what comes behind the last step, of a training that was ended in between."""
+        self.iter = self.start_iter = self.max_iter = max_iter
+        with EventStorage(max_iter) as self.storage:
+            self.before_train()
+            self.after_train()
+
     def before_train(self) -> None:
         """Has the hooks prepare, with the metrics of a resumed training at hand."""
         restore_metrics(self.storage, self._saved_metrics)
@@ -154,8 +162,6 @@ class Trainer(SimpleTrainer):
                     losses = self._forward(self.model, batch)
                     total = sum(losses.values()) / self.accumulate
                     self.grad_scaler.scale(total).backward()
-            except FloatingPointError as error:
-                raise LocalError(self._tell_batch(str(error), batch)) from error
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -233,10 +239,9 @@ class Trainer(SimpleTrainer):
             for name, value in metrics.items()
             if name != "grad_norm"
         )
-        # The processes share one gradient, so it is looked at only where all losses are finite. A
-        # scaled float16 gradient overflows now and then: the scaler skips that step.
+        # The processes share one gradient, so it is looked at only where all losses are finite.
         grad_norm = gathered[0]["grad_norm"]
-        if not in_losses and (math.isfinite(grad_norm) or self.grad_scaler.is_enabled()):
+        if not in_losses and (math.isfinite(grad_norm) or self._scaler_will_skip()):
             return
         told = comm.all_gather(self._tell_non_finite(parts, in_losses))
         culprits = [text for text in told if text] or [f"grad_norm={grad_norm}, of all processes"]
@@ -245,6 +250,10 @@ class Trainer(SimpleTrainer):
             f"weights are those of the iteration before. A smaller optimizer.lr, or "
             f"train.amp.enabled=False, may help."
         )
+
+    def _scaler_will_skip(self) -> bool:
+        """A gradient that was scaled for float16 overflows now and then; not at a scale of 1."""
+        return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
 
     def _tell_non_finite(self, parts: list[_Part], in_losses: bool) -> str:
         """What is not finite in this process, and with which images; "" where all is."""
@@ -256,25 +265,34 @@ class Trainer(SimpleTrainer):
                 self._seed_forward(number)  # the same numbers once more
                 bad = self._losses_with_bad_gradient(batch)
             if bad:
-                texts.append(self._tell_batch(", ".join(bad), batch))
+                texts.append(self._tell_batch(", ".join(bad), batch, number))
         return "; ".join(texts)
 
     def _losses_with_bad_gradient(self, batch: Batch) -> list[str]:
-        model = unwrap(self.model)  # this process's own gradient
+        self.optimizer.zero_grad(set_to_none=True)  # makes room
         wanted = [p for p in self._parameters if p.requires_grad]
         bad = []
-        for name, loss in self._forward(model, batch).items():
-            gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
-            if not all(g.isfinite().all() for g in gradients if g is not None):
-                bad.append(f"gradient of {name}")
+        try:
+            losses = self._forward(unwrap(self.model), batch)  # this process's own gradient
+            for name, loss in losses.items():
+                if not loss.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+                if not all(g.isfinite().all() for g in gradients if g is not None):
+                    bad.append(f"gradient of {name}")
+        except RuntimeError as error:  # the other processes wait for an answer
+            bad.append(f"gradient of a loss that could not be found ({error})")
         return bad
 
-    def _tell_batch(self, what: str, batch: Batch) -> str:
+    def _tell_batch(self, what: str, batch: Batch, part: int) -> str:
         rank = comm.get_rank()
         text = f"process {rank}: {what}, with images {name_images(batch)}"
         if self._dump_dir is None:
             return text
-        path = self._dump_dir / f"nonfinite_iter_{self.iter:07d}_process_{rank}.pth"
+        name = f"nonfinite_iter_{self.iter:07d}_process_{rank}"
+        path = self._dump_dir / (
+            f"{name}_part_{part}.pth" if self.accumulate > 1 else f"{name}.pth"
+        )
         return f"{text}; the batch is {dump_batch(batch, path)}"
 
     def state_dict(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Training:
         self._trainer = _build_trainer(cfg, self._model, loader, self._request)
         self._checkpointer = _build_checkpointer(cfg, self._trainer, self._average)
         self._results: Results = {}
-        self._trainer.register_hooks(self._build_hooks())
+        self._trainer.register_hooks(self._build_hooks(source.path if source.resume else ""))
         self._start = 0
         if source.resume:
             self._resume(source.path)
@@ -96,21 +96,20 @@ class Training:
             TrainingStopped: after a signal, in every process alike; all is saved.
             NonFiniteError, LocalError: what else ended it; the message says where it goes on.
         """
-        if self._start >= self._cfg.train.max_iter:
-            logger.info("Nothing is left to train; a larger train.max_iter would go on.")
-            average = self._average
-            averaged = average is not None and average.updates > 0  # not if it was off till now
-            return do_test(self._cfg, self._model, average if averaged else None)
         with self._request.listening():
             self._train()
         return self._results
 
     def _train(self) -> None:
-        trainer, seen = self._trainer, self._trainer.images_seen
+        trainer, seen, max_iter = self._trainer, self._trainer.images_seen, self._cfg.train.max_iter
         try:
-            trainer.train(self._start, self._cfg.train.max_iter)
+            if self._start < max_iter:
+                trainer.train(self._start, max_iter)
+            else:
+                logger.info("Nothing is left to train; a larger train.max_iter would go on.")
+                trainer.finish(max_iter)
         except TrainingStopped as stopped:
-            if trainer.images_seen > seen and trainer.iter < trainer.max_iter:
+            if trainer.images_seen > seen and trainer.iter < max_iter:
                 self._save_now()
             comm.synchronize()  # whoever ends first takes the others with it
             logger.warning(
@@ -140,7 +139,7 @@ class Training:
         path = self._checkpointer.get_checkpoint_file()
         return f"The last checkpoint is {path}: --resume goes on there."
 
-    def _build_hooks(self) -> list[HookBase | None]:
+    def _build_hooks(self, resumed_from: str) -> list[HookBase | None]:
         """Hooks in the order of detectron2's lazyconfig_train_net.py; files: the main process."""
         cfg, train, is_main = self._cfg, self._cfg.train, comm.is_main_process()
         files, metric = self._checkpointer, train.best_metric
@@ -152,12 +151,15 @@ class Training:
             EvalHook(train.eval_period, self._evaluate),
             BestCheckpointer(files, metric, train.eval_period) if is_main else None,
             RecordWriter(train.output_dir, train.max_iter, train.log_period) if is_main else None,
-            FinalCheckpointer(files) if is_main else None,
+            FinalCheckpointer(files, resumed_from) if is_main else None,
             StopHook(),
         ]
 
     def _evaluate(self) -> Results:
-        self._results.update(do_test(self._cfg, self._model, self._average, self._request))
+        average = self._average
+        if average is not None and not average.updates:  # it was off till now
+            average = None
+        self._results.update(do_test(self._cfg, self._model, average, self._request))
         return self._results
 
 

@@ -155,6 +155,44 @@ def test_too_many_bad_images_stop():
         load(1, images=7, bad=range(7), on_bad_image="skip")
 
 
+@pytest.mark.fault(44)
+def test_a_hundredth_may_be_bad_and_each_has_a_stand_in_of_its_own(caplog):
+    batches = load(300, images=200, bad=[3, 60], on_bad_image="skip")
+    straight = load(300, images=200)
+    stand_ins = [
+        found["image_id"]
+        for pair in zip(itertools.chain(*batches), itertools.chain(*straight))
+        for found, wanted in [pair]
+        if wanted["image_id"] in (3, 60)
+    ]
+    assert len(stand_ins) == 6 and len(set(stand_ins)) > 2
+    with pytest.raises(DatasetError, match="3 of 299 images could not be used"):
+        load(450, images=299, bad=[3, 60, 70], on_bad_image="skip")
+
+
+def test_a_worker_is_initialised_as_asked():
+    loader = build_train_loader(
+        dataset(7),
+        draw_all,
+        total_batch_size=2,
+        seed=5,
+        num_workers=1,
+        worker_init_fn=_leave_a_mark,
+    )
+    with pytest.raises(RuntimeError, match="worker 0 was initialised"):
+        next(iter(loader))
+
+
+def _leave_a_mark(worker_id):
+    raise RuntimeError(f"worker {worker_id} was initialised")
+
+
+def test_a_batch_that_processes_cannot_share(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="total_batch_size=3 for 2 processes"):
+        build_train_loader(dataset(7), draw_all, total_batch_size=3, seed=5)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match='on_bad_image=\'no\': expected "error" or "skip"'):
         load(1, on_bad_image="no")

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from dn_detr.checkpoint.reading import CheckpointError
-from dn_detr.engine.failures import LocalError, NonFiniteError
+from dn_detr.engine.failures import LocalError, NonFiniteError, explain
 from dn_detr.engine.trainer import Trainer
 
 from tests.engine.tiny import TinyDetector
@@ -152,7 +152,7 @@ def test_what_is_not_finite_stops_before_the_step(model, told, tmp_path):
     assert "0 (0.jpg)" not in str(info.value) and "before the step" in str(info.value)
     for key, value in before.items():
         assert torch.equal(weights(trainer)[key], value)
-    path = tmp_path / "nonfinite_iter_0000000_process_0.pth"
+    path = tmp_path / "nonfinite_iter_0000000_process_0_part_1.pth"
     assert f"the batch is written to {path}" in str(info.value)
     dumped = torch.load(path, weights_only=True)["batch"]
     assert [sample["image_id"] for sample in dumped] == [2, 3, 4]
@@ -262,6 +262,79 @@ def test_state_restores_optimizer_and_iteration(tmp_path):
     run(second, steps=2)
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
+
+
+@pytest.mark.fault(62)
+def test_parts_of_a_step_draw_numbers_of_their_own_and_the_same_when_told():
+    class Draws(BreaksGradient):
+        drawn = []
+
+        def forward(self, batch):
+            self.drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    trainer = make_trainer([make_batch(2)] * 2, model=Draws(CLASSES), accumulate=2, seed=1)
+    with pytest.raises(NonFiniteError):
+        run(trainer)
+    assert Draws.drawn[0] != Draws.drawn[1]
+    assert Draws.drawn[2:] == Draws.drawn[:2]  # looked at once more, with the same numbers
+
+
+@pytest.mark.fault(53)
+def test_a_gradient_that_cannot_be_looked_at_again_is_still_told():
+    class Fails(BreaksGradient):
+        calls = 0
+
+        def forward(self, batch):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("no memory for that")
+            return {**super().forward(batch), "constant": torch.ones(())}
+
+    trainer = make_trainer([make_batch(2)], model=Fails(CLASSES))
+    with pytest.raises(NonFiniteError, match="could not be found .no memory for that"):
+        run(trainer)
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("scale, skips", [(2.0, True), (1.0, False)])
+def test_float16_skips_steps_while_its_scale_is_the_reason(monkeypatch, scale, skips):
+    trainer = make_trainer([make_batch(2)], model=BreaksGradient(CLASSES))
+    monkeypatch.setattr(trainer.grad_scaler, "is_enabled", lambda: True)
+    monkeypatch.setattr(trainer.grad_scaler, "get_scale", lambda: scale)
+    monkeypatch.setattr(trainer.grad_scaler, "step", lambda optimizer: None)
+    monkeypatch.setattr(trainer.grad_scaler, "update", lambda: None)
+    if skips:
+        run(trainer)
+        return
+    with pytest.raises(NonFiniteError):
+        run(trainer)
+
+
+def test_a_model_left_in_eval_mode_is_refused():
+    trainer = make_trainer([make_batch(2)])
+    trainer.model.eval()
+    with pytest.raises(AssertionError, match="eval mode"):
+        run(trainer)
+
+
+@pytest.mark.fault(55)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+)
+def test_out_of_memory_elsewhere(error):
+    text = explain(error)
+    assert text.startswith("out of memory. What takes less: (1) a smaller dataloader.train")
+    assert str(error) in text
+
+
+@pytest.mark.parametrize("text", ["a bug", "the launch timed out", "index 3 is out of range"])
+def test_an_error_that_is_not_known_is_not_explained(text):
+    assert explain(RuntimeError(text)) is None
 
 
 def test_other_groups_of_parameters_are_refused():

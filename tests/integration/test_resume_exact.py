@@ -179,6 +179,48 @@ def test_stopped_in_an_evaluation(straight, shapes, tmp_path, processes):
     assert_same_training(straight(processes, "plain"), out)
 
 
+@pytest.mark.fault(56)
+def test_stopped_in_an_evaluation_that_is_made_up_for(straight, shapes, tmp_path):
+    """No step was made, so no checkpoint is written: it would have the number of the next step."""
+    out, evaluator = tmp_path / "out", "dataloader.evaluator._target_=tests.engine.tiny."
+    status = train(out, shapes, f"{evaluator}killing_evaluator", folder=tmp_path)
+    assert status == -signal.SIGKILL
+    options = [shapes, f"{evaluator}stopping_evaluator"]
+    assert train(out, *options, flags=["--resume"], folder=tmp_path) == 128 + 12
+    assert (out / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert train(out, shapes, flags=["--resume"], folder=tmp_path) == 0
+    assert_same_training(straight(1, "plain"), out)
+
+
+@pytest.mark.fault(56)
+@pytest.mark.fault(62)
+def test_stopped_in_the_last_step(straight, shapes, tmp_path):
+    """That one ends as ever, with its checkpoint; what was left is the last evaluation."""
+    out = tmp_path / "out"
+    assert train(out, shapes, *stop_after(STEPS - 1), folder=tmp_path) == 143
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    assert not (out / f"model_{STEPS - 1:07d}.pth").exists()
+    final = (out / "model_final.pth").read_bytes()
+    assert train(out, shapes, flags=["--resume"], folder=tmp_path) == 0
+    assert_same_training(straight(1, "plain"), out)
+    assert (out / "model_final.pth").read_bytes() == final
+    assert "bbox/AP" in metrics(out)[-1]
+
+
+def test_every_evaluation_is_made_once(shapes, tmp_path):
+    """Of raw and averaged weights: after two iterations and after four, which are the last."""
+    assert train(tmp_path / "out", shapes, steps="train.max_iter=4", folder=tmp_path) == 0
+    assert (tmp_path / "out" / "log.txt").read_text().count("Start inference on") == 4
+
+
+def test_records_of_the_last_iterations_are_written(shapes, tmp_path):
+    options = [shapes, "train.log_period=3", "train.eval_period=0"]
+    assert train(tmp_path / "out", *options, folder=tmp_path) == 0
+    rows = metrics(tmp_path / "out")
+    assert [row["iteration"] for row in rows] == [2, 5, 6, 7]
+    assert "total_loss" in rows[2] and "bbox/AP" in rows[3]
+
+
 @pytest.mark.fault(62)
 def test_resumed_twice_and_by_other_processes(straight, shapes, tmp_path):
     """The images go on where they were, with other processes, batches and workers, too."""
