@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from dn_detr.data.shapes import generate_shapes
 from dn_detr.engine.launch import guarded_main
 
+from tests.equal import assert_equal
 from tests.processes import finish, start, start_ranks
 
 CONFIG = str(Path(__file__).parents[1] / "engine" / "resume_config.py")
@@ -68,23 +69,6 @@ def load(path):
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def assert_equal(first, second, where="checkpoint"):
-    """Bitwise, through dicts and lists."""
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_equal(first[key], second[key], f"{where}[{key!r}]")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for i, pair in enumerate(zip(first, second)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert first == second or (first != first and second != second), where
 
 
 def assert_same_training(straight, resumed):
