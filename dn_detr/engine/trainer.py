@@ -321,8 +321,9 @@ class Trainer(SimpleTrainer):
         ]
         super().load_state_dict(state_dict)
         for group, options in zip(self.optimizer.param_groups, configured):
-            # The scheduler multiplies this one, and would else take what the checkpoint has.
-            group.update({**options, "initial_lr": options["lr"]})
+            group.update(options)
+            if "initial_lr" in group:  # what a scheduler multiplies
+                group["initial_lr"] = options["lr"]
         if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self._saved_metrics = state_dict.get("metrics", {})
