@@ -1,6 +1,7 @@
 """What ends a training: signals, and processes that fail, hang or cannot meet."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -272,3 +273,61 @@ def test_a_failing_requeue_is_said(monkeypatch, caplog, tmp_path):
     assert not caplog.text
     stopping.requeue(signal.SIGUSR2)
     assert "scontrol requeue 5_3 failed" in caplog.text and "Submit it again." in caplog.text
+
+
+def wait_beside_nccl():
+    """What a process does on GPUs: here with gloo, that says it was NCCL."""
+    import torch.distributed as dist
+
+    from detectron2.utils import comm
+
+    from dn_detr.engine.distributed import bound_waiting
+
+    dist.get_backend = lambda group=None: "nccl"
+    bound_waiting(2)
+    if comm.get_rank() == 1:
+        time.sleep(20)
+    comm.all_gather("here")
+
+
+@pytest.mark.fault(59)
+def test_waiting_is_bounded_beside_nccl(tmp_path):
+    ranks = start_ranks(2, wait_beside_nccl, folder=tmp_path)
+    began = time.monotonic()
+    assert finish(ranks[0]) == 1
+    assert time.monotonic() - began < 15
+    ranks[1].kill()
+    assert "Timed out waiting 2000ms" in (tmp_path / "stderr0").read_text()
+
+
+def test_a_signal_before_the_first_process_ends_the_command(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [])
+    with pytest.raises(SystemExit) as info, stopping.forwarding():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert info.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.fault(57)
+def test_ctrl_c_counts_by_itself():
+    request = stopping.StopRequest()
+    with request.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the terminal's, beside the one handed on
+        assert request.signal == signal.SIGTERM
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+
+
+@pytest.mark.fault(57)
+def test_an_interrupted_command_has_the_usual_status(monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dn_detr.engine.launch.guarded_main", interrupt)
+    with pytest.raises(SystemExit) as info:
+        run_script(["--config-file", CONFIG])
+    assert info.value.code == 130
