@@ -13,6 +13,7 @@ tests not run; with STRICT=1 it then fails.
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import re
 from pathlib import Path
@@ -46,6 +47,16 @@ def _missing_reason() -> str:
 
 
 _MISSING = _missing_reason()
+
+
+@pytest.fixture
+def fresh_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's logger as before any set-up, which has it hand nothing on to caplog.
+
+    pytest 9 adds itself to such a logger, and would note twice what is handed on as well.
+    """
+    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("dn_detr"), "handlers", [])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -342,8 +342,7 @@ def test_evaluation_takes_the_classes_of_val(data, tmp_path):
     assert cfg.model.num_classes == 5 and cfg.train.max_iter is None
 
 
-def test_learning_rate_for_another_batch_is_said_and_scaled_on_request(data, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
+def test_learning_rate_for_another_batch_is_said_and_scaled_on_request(data, caplog, fresh_logs):
     with caplog.at_level(logging.INFO, logger="dn_detr"):
         cfg = load_config(CONFIG, [data, "optimizer.lr=1e-4"])
         resolve_config(cfg)

@@ -1,7 +1,6 @@
 """Box AP from pycocotools, and what is refused before it is computed."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -95,8 +94,7 @@ def test_figures_are_those_of_pycocotools(dataset, tmp_path):
 
 
 @pytest.mark.fault(64)
-def test_no_detection_is_ap_0_and_said(dataset, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
+def test_no_detection_is_ap_0_and_said(dataset, caplog, fresh_logs):
     path, _ = dataset
     results = evaluate(path, {1: [], 2: [], 3: []})["bbox"]
     assert results["AP"] == results["AP50"] == results["AP-c7"] == 0.0

@@ -27,10 +27,19 @@ SETS = {"equal": [(96, 64)] * 5, "sizes": [(96, 64), (64, 96), (80, 72)], "one":
 CATEGORIES = [(3, "a"), (5, "b"), (9, "c")]  # as many as the model has classes
 
 
-def predict(folder, output, family, batch_size=1, sampler=None, **changes):
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that the tests start: sums in another order differ in the last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def predict(folder, output, family, batch_size=1, sampler=None, dtype=torch.float32, **changes):
     """Evaluates a small model; writes its predictions to `output`."""
     json_file, images = str(folder / "set.json"), str(folder / "images")
-    model = small_model(family, detections_per_image=10, **changes)
+    model = small_model(family, detections_per_image=10, **changes).to(dtype)
     loader = build_detection_test_loader(
         detection_dicts(json_file, images),
         mapper=DetrDatasetMapper(is_train=False, augmentations=[], image_format="RGB"),
@@ -95,20 +104,35 @@ def test_two_processes_predict_like_one(sets, tmp_path):
 
 @pytest.mark.fault(65)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "name, one_by_one, tolerance", [("equal", False, 1e-4), ("equal", True, 0), ("sizes", True, 0)]
-)
-def test_batches_of_three_predict_like_one(sets, tmp_path, family, name, one_by_one, tolerance):
-    """By default each image has a pass of its own; as a batch the last digits differ."""
+@pytest.mark.parametrize("name", ["equal", "sizes"])
+def test_batches_of_three_predict_like_one(sets, tmp_path, family, name):
+    """By default each image has a pass of its own."""
     folder, results = sets[family, name]
-    again = predict(folder, tmp_path, family, batch_size=3, detect_one_by_one=one_by_one)
-    pairs = list(zip(predictions(folder / "alone"), predictions(tmp_path), strict=True))
+    again = predict(folder, tmp_path, family, batch_size=3)
+    assert predictions(tmp_path) == predictions(folder / "alone")
+    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True, abs=0)
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize(
+    # Random proposals enlarge what float32 rounds: there it would be 1e-4 with luck.
+    "family, dtype, tolerance",
+    [("dn_detr", torch.float32, 1e-4), ("dino", torch.float64, 1e-6)],
+)
+def test_several_images_in_one_pass_predict_like_one(sets, tmp_path, family, dtype, tolerance):
+    """Of one size: the last digits differ."""
+    folder, _ = sets[family, "equal"]
+    alone = predict(folder, tmp_path / "alone", family, dtype=dtype)
+    again = predict(
+        folder, tmp_path / "batch", family, batch_size=3, dtype=dtype, detect_one_by_one=False
+    )
+    pairs = list(zip(predictions(tmp_path / "alone"), predictions(tmp_path / "batch"), strict=True))
     assert pairs
     for a, b in pairs:
         assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
         assert b["score"] == pytest.approx(a["score"], rel=0, abs=tolerance)
         assert b["bbox"] == pytest.approx(a["bbox"], rel=0, abs=64 * tolerance)  # of the image
-    assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True, abs=1e-4)
+    assert again["bbox"] == pytest.approx(alone["bbox"], nan_ok=True, abs=1e-4)
 
 
 def evaluate_all_images_in_each_process(folder: Path):

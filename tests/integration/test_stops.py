@@ -18,7 +18,7 @@ pytest.importorskip("detectron2")
 from detectron2.engine import default_argument_parser
 
 from dn_detr.data.shapes import generate_shapes
-from dn_detr.engine import stopping
+from dn_detr.engine import launch, stopping
 from dn_detr.engine.launch import guarded_main
 from dn_detr.engine.launch import run as run_script
 
@@ -331,3 +331,25 @@ def test_an_interrupted_command_has_the_usual_status(monkeypatch):
     with pytest.raises(SystemExit) as info:
         run_script(["--config-file", CONFIG])
     assert info.value.code == 130
+
+
+@pytest.mark.parametrize(
+    "code, asked, status",
+    [(1, 0, 1), (143, 0, 143), (-9, 0, 137), (143, signal.SIGINT, 130), (-15, signal.SIGINT, 130)],
+)
+def test_status_of_the_command(code, asked, status):
+    """That of the process that failed, or of the signal that the command itself got."""
+    assert launch._exit_status(code, asked) == status
+
+
+def test_pythons_helper_is_started_deaf_to_slurms_warning(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        stopping.resource_tracker,
+        "ensure_running",
+        lambda: seen.append(signal.getsignal(signal.SIGUSR2)),
+    )
+    before = signal.getsignal(signal.SIGUSR2)
+    stopping.shield_resource_tracker()
+    assert seen == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGUSR2) == before

@@ -1,7 +1,5 @@
 """Batches without a box, with a thousand, and outputs that are not finite, through every family."""
 
-import logging
-
 import pytest
 import torch
 
@@ -44,8 +42,7 @@ def test_batches_with_and_without_boxes_train_every_parameter(family, with_denoi
 
 @pytest.mark.fault(49)
 @by_family
-def test_a_thousand_boxes_for_twenty_queries(family, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
+def test_a_thousand_boxes_for_twenty_queries(family, caplog, fresh_logs):
     model = small_model(family).train()
     batch = [make_input(96, 128, 1000), make_input(64, 80, 2, seed=1)]
     noised = model.denoising(model.targets(batch))

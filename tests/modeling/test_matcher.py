@@ -1,6 +1,5 @@
 """Matching: against SciPy on costs written out image by image."""
 
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -207,9 +206,9 @@ def test_saturated_logits_of_half_precision_still_match(monkeypatch, dtype):
 @pytest.mark.parametrize("many", [4, 1000])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["decoder layer 1", "the encoder"])
+@pytest.mark.usefixtures("fresh_logs")
 def test_what_is_not_finite_is_assigned_and_named(monkeypatch, caplog, many, value, part):
     """So the loss is not finite either, and the trainer stops all processes alike."""
-    monkeypatch.setattr(logging.getLogger("dn_detr"), "propagate", True)  # off after setup_logger
     monkeypatch.setattr(matcher, "MANY_QUERIES", many)
     predictions, labels, boxes = make_case((3, 2), num_queries=50)
     predictions = replace(predictions, encoder=make_encoder((3, 2), 50))
